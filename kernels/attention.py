@@ -1,0 +1,328 @@
+"""Block-sparse attention: the public operation, its checks and its choice of backend.
+
+    out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[b, j, h]) v[b, j, h]
+
+with `j` running over the tokens of the key blocks that the mask keeps for the query block of `i`.
+
+| backend     | device | dtypes           | head_dim | what it is                                             |
+|-------------|--------|------------------|----------|--------------------------------------------------------|
+| `reference` | any    | fp16, bf16, fp32 | any      | slow and obvious; defines the others                   |
+| `cpu`       | CPU    | fp16, bf16, fp32 | any      | faster than dense attention below `CPU_BREAK_EVEN`     |
+
+The vote is LiteAttention's (arXiv 2511.11062); the exact block mass under a cached log-sum-exp is AdaSpa's
+(arXiv 2502.21079).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsediff.block_mask import BlockMask
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# Kept share of the blocks above which dense attention (scaled_dot_product_attention) is faster on a CPU.  The
+# backend itself stays exact above it; callers who can run dense should.  docs/benchmarks/kernels_cpu.json
+CPU_BREAK_EVEN = 0.5
+
+# name -> module with an `attend` of the reference's signature
+_BACKENDS = {
+    "reference": "sparsediff.kernels._block_sparse_reference",
+    "cpu": "sparsediff.kernels._block_sparse_cpu",
+}
+
+
+class AttentionOutput(NamedTuple):
+    """What one attention call returns; by-products that were not asked for are None.
+
+    Attributes:
+        out: `[B, S, H, D]`, query's dtype, contiguous.
+        lse: `float32 [B, H, Sq]`, natural log; -inf for rows that attend to nothing.
+        vote: `bool [B, H, Mq, Nk]`, visited blocks worth visiting at the next step; False where not visited.
+        mass: `float32 [B, H, Mq, Nk]`, softmax mass of each visited block, summed over the block's query rows.
+    """
+
+    out: Tensor
+    lse: Tensor | None = None
+    vote: Tensor | None = None
+    mass: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """Which backend runs and, in one line for people, why."""
+
+    name: str
+    reason: str
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the blocks that `mask` keeps; skipped blocks cost nothing.
+
+    Args:
+        query: `[B, Sq, H, D]`, any strides.
+        key: `[B, Sk, H, D]`.
+        value: `[B, Sk, H, D]`.
+        mask: over `(Sq, Sk)`; a batch or head dimension of 1 serves all.
+        scale: of the logits; `1 / sqrt(D)` unless given.
+        return_lse: also return the log-sum-exp, with which partial results merge.
+        backend: a name from `available_backends()`, or `"auto"`.
+
+    Returns:
+        `[B, Sq, H, D]` in query's dtype, or `(out, lse)` with `lse` `float32 [B, H, Sq]`.  A query block that keeps
+        nothing gives zeros and -inf.
+
+    Raises:
+        ValueError: shapes, devices, mask or backend do not fit; the message says what would.
+        TypeError: a dtype that is not served.
+    """
+    result = attend_blocks(
+        query, key, value, mask, scale=scale, return_lse=return_lse, backend=backend
+    )
+    return (result.out, result.lse) if return_lse else result.out
+
+
+def attend_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    kv_lengths: Tensor | None = None,
+    vote_threshold: float | None = None,
+    lse_prev: Tensor | None = None,
+    return_lse: bool = False,
+    return_mass: bool = False,
+    backend: str = "auto",
+) -> AttentionOutput:
+    """`block_sparse_attention` with the by-products that temporal methods live on.
+
+    Args:
+        query: `[B, Sq, H, D]`, any strides.
+        key: `[B, Sk, H, D]`.
+        value: `[B, Sk, H, D]`.
+        mask: over `(Sq, Sk)`; a batch or head dimension of 1 serves all.
+        scale: of the logits; `1 / sqrt(D)` unless given.
+        kv_lengths: `int32 [B]`; keys at or past it are not attended, blocks wholly past it not visited.
+        vote_threshold: in log2 units, usually negative; asks for `vote`.  Blocks of a row are visited from the last
+            to the first; a block's bit is set if it is the first visited or if in any of its query rows the best
+            logit exceeds the running best of the blocks before it by more than the threshold.
+        lse_prev: `float32 [B, H, Sq]`, the log-sum-exp under which `mass` is taken (an earlier step's, say) instead
+            of this call's own.  A row where it is -inf contributes nothing.
+        return_lse: fill `lse`.
+        return_mass: fill `mass`; with this call's own log-sum-exp a row of blocks sums to its query rows.
+        backend: a name from `available_backends()`, or `"auto"`.
+
+    Raises:
+        ValueError: shapes, devices, mask or backend do not fit; the message says what would.
+        TypeError: a dtype that is not served.
+    """
+    _check(query, key, value, mask, kv_lengths, lse_prev)
+    choice = select_backend(query.device, query.dtype, query.shape[-1], mask.block_size, backend)
+    out, lse, vote, mass = torch.ops.sparsediff.attend_blocks(
+        query,
+        key,
+        value,
+        mask.kv_num_blocks,
+        mask.kv_indices,
+        list(mask.block_size),
+        query.shape[-1] ** -0.5 if scale is None else float(scale),
+        kv_lengths,
+        None if vote_threshold is None else float(vote_threshold),
+        lse_prev,
+        return_lse,
+        return_mass,
+        choice.name,
+    )
+    return AttentionOutput(
+        out,
+        lse if return_lse else None,
+        vote if vote_threshold is not None else None,
+        mass if return_mass else None,
+    )
+
+
+# -- backends -----------------------------------------------------------------------------------------------------
+
+
+def select_backend(
+    device: torch.device | str,
+    dtype: torch.dtype,  # noqa: ARG001 - so far every backend serves every dtype, size and block
+    head_dim: int,  # noqa: ARG001
+    block_size: tuple[int, int],  # noqa: ARG001
+    backend: str = "auto",
+) -> BackendChoice:
+    """Which backend serves such a call, and why.
+
+    Raises:
+        ValueError: if `backend` is unknown or cannot serve it; the message names what can.
+    """
+    device = torch.device(device)
+    if backend == "auto":
+        if device.type == "cpu":
+            return BackendChoice("cpu", "CPU tensors: gathered blocks in plain torch")
+        return BackendChoice(
+            "reference", f"no fast backend for {device.type} yet: correct, but slower than dense"
+        )
+    if backend == "triton":
+        raise ValueError("backend 'triton' is not there yet; use 'auto' or 'reference'")
+    if backend not in _BACKENDS:
+        raise ValueError(
+            f"unknown backend {backend!r}; use 'auto' or one of {', '.join(_BACKENDS)}"
+        )
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend 'cpu' needs CPU tensors, got {device.type}; use 'auto'")
+    return BackendChoice(backend, "asked for by name")
+
+
+def available_backends() -> dict[str, str]:
+    """Every backend's name, and "" if it can run on this machine or one line why not."""
+    return dict.fromkeys(_BACKENDS, "")
+
+
+# -- checks -------------------------------------------------------------------------------------------------------
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    kv_lengths: Tensor | None,
+    lse_prev: Tensor | None,
+) -> None:
+    tensors = {"query": query, "key": key, "value": value}
+    for name, x in tensors.items():
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be [B, S, H, D], got {list(x.shape)}")
+        if x.dtype not in DTYPES or x.dtype != query.dtype:
+            raise TypeError(
+                f"query, key and value must share one dtype of float16, bfloat16 or float32; "
+                f"{name} is {x.dtype}, query {query.dtype}"
+            )
+    batch, seq_q, heads, head_dim = query.shape
+    seq_k = key.shape[1]
+    shapes = {
+        "key": (key, [batch, seq_k, heads, head_dim], None),
+        "value": (value, [batch, seq_k, heads, head_dim], None),
+        "kv_lengths": (kv_lengths, [batch], torch.int32),
+        "lse_prev": (lse_prev, [batch, heads, seq_q], torch.float32),
+    }
+    for name, (x, shape, dtype) in shapes.items():
+        if x is None:
+            continue
+        if list(x.shape) != shape:
+            raise ValueError(
+                f"{name} must be {shape} beside query {list(query.shape)}, got {list(x.shape)}"
+            )
+        if dtype is not None and x.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {x.dtype}")
+        if x.device != query.device:
+            raise ValueError(f"{name} is on {x.device}, query on {query.device}; move one of them")
+    if mask.device != query.device:
+        raise ValueError(
+            f"mask is on {mask.device}, query on {query.device}; use mask.to({str(query.device)!r})"
+        )
+    if tuple(mask.seq_lengths) != (seq_q, seq_k):
+        raise ValueError(
+            f"mask is made for {tuple(mask.seq_lengths)} (query, key) tokens, got {(seq_q, seq_k)}"
+        )
+    for name, got, want in zip(
+        ("batch", "head"), mask.kv_num_blocks.shape, (batch, heads), strict=False
+    ):
+        if got not in (1, want):
+            raise ValueError(
+                f"mask has {name} dimension {got}; query needs {want}, or 1 to share one mask"
+            )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()):
+        raise ValueError(
+            "block-sparse attention has no backward pass; call it under torch.no_grad()"
+        )
+
+
+# -- torch.library: torch.compile sees one opaque operation ---------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "sparsediff::attend_blocks",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor kv_num_blocks, Tensor kv_indices, int[] block_size, "
+    "float scale, Tensor? kv_lengths, float? vote_threshold, Tensor? lse_prev, bool want_lse, bool want_mass, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _attend_blocks(
+    query,
+    key,
+    value,
+    kv_num_blocks,
+    kv_indices,
+    block_size,
+    scale,
+    kv_lengths,
+    vote_threshold,
+    lse_prev,
+    want_lse,
+    want_mass,
+    backend,
+):
+    mask = BlockMask(kv_num_blocks, kv_indices, tuple(block_size), (query.shape[1], key.shape[1]))
+    results = import_module(_BACKENDS[backend]).attend(
+        query,
+        key,
+        value,
+        mask,
+        scale=scale,
+        kv_lengths=kv_lengths,
+        vote_threshold=vote_threshold,
+        lse_prev=lse_prev,
+        want_lse=want_lse,
+        want_mass=want_mass,
+    )
+    # An operation returns tensors, never None: what was not asked for is empty.
+    return tuple(query.new_empty(0) if x is None else x for x in results)
+
+
+@_attend_blocks.register_fake
+def _fake_attend_blocks(
+    query,
+    key,  # noqa: ARG001
+    value,  # noqa: ARG001
+    kv_num_blocks,  # noqa: ARG001
+    kv_indices,
+    block_size,  # noqa: ARG001
+    scale,  # noqa: ARG001
+    kv_lengths,  # noqa: ARG001
+    vote_threshold,
+    lse_prev,  # noqa: ARG001
+    want_lse,
+    want_mass,
+    backend,  # noqa: ARG001
+):
+    batch, seq_q, heads, _ = query.shape
+    rows, columns = kv_indices.shape[2:]
+    absent = query.new_empty
+    return (
+        query.new_empty(query.shape),
+        query.new_empty((batch, heads, seq_q), dtype=torch.float32) if want_lse else absent(0),
+        absent(0)
+        if vote_threshold is None
+        else query.new_empty((batch, heads, rows, columns), dtype=torch.bool),
+        query.new_empty((batch, heads, rows, columns), dtype=torch.float32)
+        if want_mass
+        else absent(0),
+    )

@@ -1,0 +1,144 @@
+"""Where block-sparse attention breaks even with dense attention on this CPU.
+
+    python -m sparsediff.kernels.bench_cpu docs/benchmarks/kernels_cpu.json
+
+Dense is `scaled_dot_product_attention` on the layout diffusers gives it.  Times are process CPU time (all threads
+added), the least of several repeats, so that other work on the same cores disturbs them little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from sparsediff.block_mask import BlockMask
+from sparsediff.kernels.attention import attend_blocks
+
+DENSITIES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.1)
+
+
+def cpu_ms(run: Callable[[], object], repeats: int) -> float:
+    """CPU time of one call in milliseconds, the least of `repeats` after one warm-up."""
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        run()
+        times.append(time.process_time() - start)
+    return min(times) * 1e3
+
+
+def random_mask(
+    density: float, block: int, seq: int, heads: int, generator: torch.Generator
+) -> BlockMask:
+    """Random blocks, at least one a row; counts vary between rows as they do in real masks."""
+    blocks = -(-seq // block)
+    keep = torch.rand(1, heads, blocks, blocks, generator=generator) < density
+    keep |= torch.eye(blocks, dtype=torch.bool)
+    return BlockMask.from_dense(keep, (block, block), (seq, seq))
+
+
+def break_even(points: list[tuple[float, float]]) -> float:
+    """Density at which the speed-up crosses 1, linear between measured points; 1.0 if it never falls below."""
+    points = sorted(points)
+    for (d0, s0), (d1, s1) in pairwise(points):
+        if s0 >= 1 > s1:
+            return d0 + (d1 - d0) * (s0 - 1) / (s0 - s1)
+    return 1.0 if points[-1][1] >= 1 else 0.0
+
+
+def measure(seq: int, heads: int, head_dim: int, repeats: int) -> list[dict]:
+    """One record for each dtype, block size and density."""
+    generator = torch.Generator().manual_seed(0)
+    records = []
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (
+            torch.randn(1, seq, heads, head_dim, generator=generator).to(dtype) for _ in range(3)
+        )
+        q_bhsd, k_bhsd, v_bhsd = (x.transpose(1, 2) for x in (q, k, v))
+        dense = cpu_ms(lambda: F.scaled_dot_product_attention(q_bhsd, k_bhsd, v_bhsd), repeats)  # noqa: B023
+        for block in (64, 128):
+            for density in DENSITIES:
+                mask = random_mask(density, block, seq, heads, generator)
+                sparse = cpu_ms(lambda: attend_blocks(q, k, v, mask), repeats)  # noqa: B023
+                voting = cpu_ms(
+                    lambda: attend_blocks(q, k, v, mask, vote_threshold=-10.0, return_mass=True),  # noqa: B023
+                    repeats,
+                )
+                records.append(
+                    {
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "seq": seq,
+                        "heads": heads,
+                        "head_dim": head_dim,
+                        "block": block,
+                        "density": round(mask.density, 4),
+                        "dense_cpu_ms": round(dense, 1),
+                        "sparse_cpu_ms": round(sparse, 1),
+                        "vote_and_mass_cpu_ms": round(voting, 1),
+                        "speedup": round(dense / sparse, 3),
+                    }
+                )
+                print(records[-1], flush=True)  # noqa: T201
+    return records
+
+
+def main() -> None:
+    """Measure, print, and write JSON where asked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", nargs="?", type=Path)
+    parser.add_argument("--seq", type=int, nargs="+", default=[2304, 4096])
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    with torch.inference_mode():
+        records = [
+            r for seq in args.seq for r in measure(seq, args.heads, args.head_dim, args.repeats)
+        ]
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for r in records:
+        groups.setdefault(f"{r['dtype']} seq {r['seq']} block {r['block']}", []).append(
+            (r["density"], r["speedup"])
+        )
+    result = {
+        "what": "CPU block-sparse attention against scaled_dot_product_attention, process CPU time, best of repeats",
+        "date": datetime.now(UTC).date().isoformat(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "git": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip(),
+        "repeats": args.repeats,
+        "break_even": {name: round(break_even(points), 3) for name, points in groups.items()},
+        "records": records,
+    }
+    print(json.dumps(result["break_even"], indent=1))  # noqa: T201
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

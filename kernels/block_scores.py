@@ -1,0 +1,100 @@
+"""One number per (query block, key block): what methods choose blocks by.
+
+Pooled scores are DraftAttention's (arXiv 2505.14708); the exact softmax mass of a block, with or without a cached
+log-sum-exp, is AdaSpa's (arXiv 2502.21079) and SparseD's (arXiv 2509.24014).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def block_means(x: Tensor, block: int) -> Tensor:
+    """Mean token of every block: `[B, S, H, D]` to `float32 [B, H, ceil(S / block), D]`; a ragged end is a true mean."""
+    _check_bshd(x=x)
+    batch, seq, heads, dim = x.shape
+    full, rest = divmod(seq, block)
+    means = (
+        x[:, : full * block].reshape(batch, full, block, heads, dim).sum(2, dtype=torch.float32)
+        / block
+    )
+    if rest:
+        tail = x[:, full * block :].sum(1, keepdim=True, dtype=torch.float32) / rest
+        means = torch.cat([means, tail], 1)
+    return means.transpose(1, 2).contiguous()
+
+
+def pooled_scores(
+    query: Tensor, key: Tensor, block_size: tuple[int, int], scale: float | None = None
+) -> Tensor:
+    """Logits of pooled queries and keys, `float32 [B, H, Mq, Nk]`; `scale` is `1 / sqrt(D)` unless given."""
+    _check_bshd(query=query, key=key)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return block_means(query, block_size[0]).mul_(scale) @ block_means(key, block_size[1]).mT
+
+
+def block_mass(
+    query: Tensor,
+    key: Tensor,
+    block_size: tuple[int, int],
+    *,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    chunk_bytes: int = 256 << 20,
+) -> Tensor:
+    """Exact softmax mass of every block, summed over its query rows: `float32 [B, H, Mq, Nk]`.
+
+    Args:
+        query: `[B, Sq, H, D]`.
+        key: `[B, Sk, H, D]`.
+        block_size: `(query, key)` tokens a block.
+        scale: of the logits; `1 / sqrt(D)` unless given.
+        lse: `float32 [B, H, Sq]` from an earlier dense pass; saves finding it again.  Rows where it is -inf
+            contribute nothing.
+        chunk_bytes: temporaries stay under this (one query block against all keys of one head is the least).
+
+    Returns:
+        A row of blocks sums to the number of its query rows (with this call's own `lse`).
+    """
+    _check_bshd(query=query, key=key)
+    batch, seq_q, heads, dim = query.shape
+    seq_k = key.shape[1]
+    bq, bk = block_size
+    mq, nk = -(-seq_q // bq), -(-seq_k // bk)
+    scale = dim**-0.5 if scale is None else scale
+    mass = torch.empty(batch, heads, mq, nk, device=query.device, dtype=torch.float32)
+    # Scores, their exponentials and one head's keys in float32.
+    rows_bytes = 2 * bq * nk * bk * 4
+    step = max(1, (chunk_bytes - seq_k * dim * 4) // rows_bytes)
+    for b in range(batch):
+        for h in range(heads):
+            k = key[b, :, h].float().mT
+            for start in range(0, mq, step):
+                rows = slice(start * bq, (start + step) * bq)
+                scores = query[b, rows, h].float().mul(scale) @ k
+                own = scores.logsumexp(-1) if lse is None else lse[b, h, rows]
+                own = own.masked_fill(own == -torch.inf, torch.inf)
+                weights = scores.sub_(own[:, None]).exp_()
+                mass[b, h, start : start + step] = _sum_blocks(weights, bq, bk)
+    return mass
+
+
+def _sum_blocks(x: Tensor, bq: int, bk: int) -> Tensor:
+    """`[rows, columns]` to sums over `bq x bk` blocks, ragged at both ends, without copying `x`."""
+    return _sum_runs(_sum_runs(x, bk).mT, bq).mT
+
+
+def _sum_runs(x: Tensor, run: int) -> Tensor:
+    """Sums over runs of the last dimension; the last run may be short."""
+    full = x.shape[-1] // run * run
+    sums = x[..., :full].unflatten(-1, (-1, run)).sum(-1)
+    return (
+        sums if full == x.shape[-1] else torch.cat([sums, x[..., full:].sum(-1, keepdim=True)], -1)
+    )
+
+
+def _check_bshd(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be [B, S, H, D], got {list(x.shape)}")
