@@ -1,0 +1,40 @@
+# `make run` and `make test` set everything up by themselves, on a CPU machine and on a CUDA machine alike.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+OUT    ?= out
+# Under a CPU interpreter Triton kernels run without a GPU; a CUDA machine compiles them.
+INTERPRET := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 0 || echo 1)
+
+.PHONY: setup run test gpu lint fmt types wheel check clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v[:2] <= (3, 13) else f"sparsediff needs Python 3.11 to 3.13, this is {v[0]}.{v[1]}; set PYTHON=python3.12, say")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+run: setup
+	$(BIN)/sparsediff compare --out $(OUT)
+
+test: setup
+	TRITON_INTERPRET=$(INTERPRET) $(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+gpu: setup
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+fmt: setup
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+lint: setup
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+wheel: setup
+	rm -rf build dist && $(BIN)/python -m pip wheel --no-deps -w dist .
+
+check: lint test
+
+clean:
+	rm -rf build dist $(OUT) *.egg-info

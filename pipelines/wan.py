@@ -1,0 +1,44 @@
+"""Wan 2.1 and 2.2: text-to-video, image-to-video, first-last-frame and VACE.
+
+Self-attention (`attn1`) runs over the latent video alone; text and image conditioning come in through cross-attention
+(`attn2`, the same class and processor), which stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from sparsediff.adapter import ModelAdapter
+from sparsediff.token_grid import TokenGrid
+
+
+class WanAdapter(ModelAdapter):
+    """`WanTransformer3DModel`; each expert of Wan 2.2 is one."""
+
+    processors = frozenset({"WanAttnProcessor"})
+
+    def attention_layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """`blocks.N.attn1`."""
+        return [(f"blocks.{i}.attn1", block.attn1) for i, block in enumerate(model.blocks)]
+
+    def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
+        """`hidden_states [B, C, F, H, W]` in patches of `config.patch_size`."""
+        sizes = tuple(arguments["hidden_states"].shape[2:])
+        patch = model.config.patch_size
+        if any(n % p for n, p in zip(sizes, patch, strict=True)):
+            raise ValueError(f"latent video {sizes} is not a multiple of the patch {tuple(patch)}")
+        return TokenGrid.video(*(n // p for n, p in zip(sizes, patch, strict=True)))
+
+
+class WanVACEAdapter(WanAdapter):
+    """`WanVACETransformer3DModel`: control layers run before the main ones, over the same tokens.
+
+    Reference images sit in front as extra latent frames and count as frames of the grid.
+    """
+
+    def attention_layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """`vace_blocks.N.attn1`, then `blocks.N.attn1`."""
+        control = [(f"vace_blocks.{i}.attn1", block.attn1) for i, block in enumerate(model.vace_blocks)]
+        return control + super().attention_layers(model)

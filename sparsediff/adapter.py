@@ -1,0 +1,64 @@
+"""Everything model-specific and nothing else: which attention modules are eligible, and where their tokens lie."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from sparsediff.token_grid import TokenGrid
+
+# Transformer class name -> "module:attribute".  Matched exactly: near names (Wan, WanAnimate2) differ in what counts.
+ADAPTERS = {
+    "WanTransformer3DModel": "sparsediff.pipelines.wan:WanAdapter",
+    "WanVACETransformer3DModel": "sparsediff.pipelines.wan:WanVACEAdapter",
+}
+
+
+class ModelAdapter(ABC):
+    """One a model family; stateless."""
+
+    # Stock processor classes that end in one `dispatch_attention_fn` call over the whole sequence.
+    processors: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def attention_layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The eligible self-attention modules, by name, in execution order."""
+
+    @abstractmethod
+    def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
+        """The grid of one forward call, from its bound arguments.
+
+        Raises:
+            ValueError: if the shapes do not make a whole grid.
+        """
+
+    def head_dim(self, model: nn.Module) -> int:
+        """Channels of one attention head."""
+        return model.config.attention_head_dim
+
+    def timestep(self, arguments: Mapping[str, object]) -> Tensor | None:
+        """The timestep argument, in units of `num_train_timesteps`."""
+        return arguments.get("timestep")
+
+
+def adapter_for(model: nn.Module) -> ModelAdapter:
+    """The adapter of a transformer.
+
+    Raises:
+        ValueError: if its class is not supported; the message lists those that are.
+    """
+    name = type(model).__name__
+    if name not in ADAPTERS:
+        raise ValueError(f"no adapter for {name}; supported: {', '.join(sorted(ADAPTERS))}")
+    module, attribute = ADAPTERS[name].split(":")
+    return getattr(importlib.import_module(module), attribute)()
+
+
+def bind_forward(model: nn.Module, args: tuple, kwargs: dict) -> Mapping[str, object]:
+    """The arguments of a forward call by name, however they were passed."""
+    signature = inspect.signature(type(model).forward)
+    return signature.bind_partial(model, *args, **kwargs).arguments

@@ -1,0 +1,85 @@
+"""What a published way of choosing blocks must say about itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from torch import Tensor
+
+from sparsediff.schedule import Schedule
+from sparsediff.token_grid import TokenGrid, TokenOrder
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSite:
+    """Where in a generation one attention call stands.
+
+    Attributes:
+        layer: index among the eligible attention layers of this transformer, in execution order.
+        num_layers: how many there are.
+        step: denoising step, from 0.
+        num_steps: steps of this generation; None for a bare transformer whose caller has not said.
+        sigma: noise level in [0, 1]; None if unknown.
+        branch: classifier-free guidance branch (`"cond"`, `"uncond"`, ... as the pipeline names it).
+        grid: the tokens of this call.
+    """
+
+    layer: int
+    num_layers: int
+    step: int
+    num_steps: int | None
+    sigma: float | None
+    branch: str
+    grid: TokenGrid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A way to choose which KV blocks each query block reads.
+
+    Subclasses are frozen dataclasses: the fields are the paper's parameters under the paper's names, and nothing else
+    is stored.  What has to be remembered between calls lives in `RunState`.  To add one: subclass, list it in
+    `sparsediff.methods.METHODS`.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    citation: ClassVar[str]
+
+    @abstractmethod
+    def block_size(self, grid: TokenGrid) -> tuple[int, int]:
+        """`(query, key/value)` tokens a block."""
+
+    @abstractmethod
+    def keep_blocks(self, query: Tensor, key: Tensor, site: AttentionSite) -> Tensor:
+        """Choose blocks afresh: `bool [B|1, H|1, Mq, Nk]`.
+
+        `query`, `key` are `[B, S, H, D]` after RoPE and after `order`.  Must not read anything back to the host.
+        The caller adds what must stay (text rows and columns, at least one block a row).
+        """
+
+    def refreshes(self, site: AttentionSite, last_refresh: int | None) -> bool:
+        """Whether to call `keep_blocks` now; `last_refresh` is the step of the last time in this generation."""
+        return last_refresh is None
+
+    def vote_threshold(self, site: AttentionSite) -> float | None:
+        """Log2 threshold of the in-kernel vote that thins the mask for the next step; None: the mask stays."""
+        return None
+
+    def order(self, grid: TokenGrid) -> TokenOrder | None:
+        """Which tokens share a block; None keeps the sequence as it is."""
+        return None
+
+    def default_schedule(self) -> Schedule:
+        """The published choice of dense steps and layers."""
+        return Schedule()
+
+    def parameters(self) -> dict[str, object]:
+        """Field names and values, for reports."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def __str__(self) -> str:
+        inside = ", ".join(f"{k}={v!r}" for k, v in self.parameters().items())
+        return f"{self.name}({inside})"

@@ -1,0 +1,84 @@
+"""DraftAttention: low-resolution attention guidance (Shen et al., arXiv:2505.14708).
+
+Queries and keys are averaged over patches of 8 x 16 latent tokens of one frame; attention between the averages (the
+draft) is cheap and says which pairs of patches matter.  Tokens are reordered so that a patch is a block (section 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsediff.budget import head_percentile
+from sparsediff.kernels.block_scores import pooled_scores
+from sparsediff.methods.base import AttentionSite, Method
+from sparsediff.schedule import Schedule
+from sparsediff.token_grid import TokenGrid, TokenOrder
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftAttention(Method):
+    """Choose blocks from attention between patch averages, afresh at every sparse call.
+
+    Attributes:
+        sparsity: share of visual blocks dropped per head (published: 0.75 for Wan 2.1, 0.9 for HunyuanVideo).
+        pool_h, pool_w: patch in latent rows and columns; their product is the block.
+        row_minimum: blocks that every query row keeps at least.  Not in the paper, whose global percentile can leave
+            a diffuse row without any; the published code relies on text columns, which Wan does not have.
+
+    Mended against the published code: any grid (there: 8 | height and 16 | width), any batch, no empty rows.  On a
+    grid that the patch does not divide, blocks straddle patches at the far edges and the draft averages the tokens
+    that a block really holds.
+    """
+
+    name: ClassVar[str] = "draft_attention"
+    summary: ClassVar[str] = "attention between 8x16 patch averages picks the blocks, at every step"
+    citation: ClassVar[str] = "arXiv:2505.14708"
+
+    sparsity: float = 0.75
+    pool_h: int = 8
+    pool_w: int = 16
+    row_minimum: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.sparsity < 1.0:
+            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        for name in ("pool_h", "pool_w", "row_minimum"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.pool_h * self.pool_w not in (64, 128):
+            raise ValueError(
+                f"pool_h * pool_w is the block and must be 64 or 128, got {self.pool_h} * {self.pool_w}"
+            )
+
+    def block_size(self, grid: TokenGrid) -> tuple[int, int]:
+        """One patch."""
+        return (self.pool_h * self.pool_w,) * 2
+
+    def order(self, grid: TokenGrid) -> TokenOrder:
+        """Patch after patch, each `pool_h x pool_w` tokens of one frame."""
+        return TokenOrder.single(1, self.pool_h, self.pool_w)
+
+    def refreshes(self, site: AttentionSite, last_refresh: int | None) -> bool:
+        """At every call: the paper caches nothing."""
+        return True
+
+    def keep_blocks(self, query: Tensor, key: Tensor, site: AttentionSite) -> Tensor:
+        """Per head, the blocks whose draft attention is at or above the `sparsity` percentile."""
+        block_size = self.block_size(site.grid)
+        logits = pooled_scores(query, key, block_size)
+        start, stop = site.grid.grid_span
+        visual = -(-(stop - start) // block_size[0])      # `order` has put the grid in front
+        keep = torch.ones_like(logits, dtype=torch.bool)
+        draft = logits[..., :visual, :visual].softmax(-1)
+        keep[..., :visual, :visual] = head_percentile(
+            draft, 1.0 - self.sparsity, row_minimum=self.row_minimum
+        )
+        return keep
+
+    def default_schedule(self) -> Schedule:
+        """Wan's published setting: dense above timestep 925 of 1000, and the first block."""
+        return Schedule(dense_above_sigma=0.925, dense_layers=1)

@@ -1,0 +1,172 @@
+"""How attention calls reach us: wrapper processors, a private diffusers backend, one opaque operation.
+
+A wrapper takes the place of a stock attention processor and delegates everything to it: projections, norms, RoPE,
+LoRA, fused QKV.  The stock processor ends in `dispatch_attention_fn(..., backend=self._attention_backend)`; we set that
+attribute to a backend of our own, so the one thing that changes is the attention call.  docs/adr/0002-processors.md
+weighs this against rewriting processors or registering a public backend.
+
+The backend function is traced by torch.compile; all that depends on the state of the run happens inside the opaque
+operation `sparsediff::attend`, which receives its layer as a tensor so that every layer shares one graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+
+import torch
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
+from torch import Tensor
+
+BACKEND_NAME = "sparsediff"
+
+
+class _Eager(threading.local):
+    layer: Tensor | None = None
+    user_backend: AttentionBackendName | str | None = None
+
+
+class _Traced:
+    layer: Tensor | None = None
+    user_backend: AttentionBackendName | str | None = None
+
+
+# Which layer the backend function is being called for.  Under Dynamo the store in the wrapper and the load in the
+# backend meet inside one trace, so the layer reaches the operation as a graph input; a thread-local cannot be traced.
+_eager, _traced = _Eager(), _Traced()
+
+
+def _channel() -> _Eager | _Traced:
+    return _traced if torch.compiler.is_compiling() else _eager
+
+
+def _register_backend() -> AttentionBackendName:
+    """Add a member to diffusers' closed enum of backends; it only ever serves as our interception point."""
+    if BACKEND_NAME in AttentionBackendName._value2member_map_:
+        member = AttentionBackendName(BACKEND_NAME)
+    else:
+        member = str.__new__(AttentionBackendName, BACKEND_NAME)
+        member._name_, member._value_ = BACKEND_NAME.upper(), BACKEND_NAME
+        AttentionBackendName._member_map_[member._name_] = member
+        AttentionBackendName._value2member_map_[BACKEND_NAME] = member
+        AttentionBackendName._member_names_.append(member._name_)
+    _AttentionBackendRegistry.register(member)(_backend)
+    return member
+
+
+def _backend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    channel = _channel()
+    layer = channel.layer
+    if layer is None:
+        raise RuntimeError(
+            f"the attention backend {BACKEND_NAME!r} is not for set_attention_backend(); call sparsediff.enable(pipe)"
+        )
+    # The operation has no backward, so calls that need one keep the stock path (RunState counts them).
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return dispatch_attention_fn(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=channel.user_backend
+        )
+    return attend_op(query, key, value, attn_mask, layer, scale, is_causal, enable_gqa)
+
+
+@torch.library.custom_op(
+    "sparsediff::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+def attend_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    layer: Tensor,
+    scale: float | None,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> Tensor:
+    """One attention call, `[B, S, H, D]`; `layer` is `int64 [2]` on the CPU: (run state, layer)."""
+    state_key, index = layer.tolist()
+    out = STATES[state_key].attend(index, query, key, value, attn_mask, scale, is_causal, enable_gqa)
+    # A custom operation must not return one of its inputs, nor change strides behind the fake's back.
+    return out.contiguous()
+
+
+@attend_op.register_fake
+def _(query, key, value, attn_mask, layer, scale, is_causal, enable_gqa):
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+# Run states by number, for the operation to find: it can carry tensors and numbers only.
+STATES: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
+
+MEMBER = _register_backend()
+
+
+class SparseProcessor:
+    """Stands in for a stock processor; every subclass has the call signature of the class it wraps.
+
+    diffusers drops keyword arguments that are not named in `inspect.signature(processor.__call__)`, so a wrapper with
+    a signature of its own would silently lose, for instance, the rotary embedding.
+    """
+
+    def __init__(self, stock: object, state_key: int, layer: int) -> None:
+        self.stock = stock
+        self.user_backend = stock._attention_backend
+        self.layer = torch.tensor([state_key, layer])
+        stock._attention_backend = MEMBER
+
+    @property
+    def _attention_backend(self):
+        return MEMBER
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend) -> None:
+        # `set_attention_backend("sage")` on an enabled model chooses what dense calls run on.
+        if backend is not MEMBER:
+            self.user_backend = backend
+
+    @property
+    def _parallel_config(self):
+        return self.stock._parallel_config
+
+    @_parallel_config.setter
+    def _parallel_config(self, config) -> None:
+        if config is not None:
+            raise ValueError("context parallelism is not supported yet; call sparsediff.disable(pipe) before enabling it")
+        self.stock._parallel_config = None
+
+    def restore(self) -> object:
+        """The stock processor as it was, with the backend the user chose meanwhile."""
+        self.stock._attention_backend = self.user_backend
+        return self.stock
+
+
+def wrap_processor(stock: object, state_key: int, layer: int) -> SparseProcessor:
+    """A `SparseProcessor` with exactly the call signature of `stock`."""
+    return _wrapper_class(type(stock))(stock, state_key, layer)
+
+
+@functools.cache
+def _wrapper_class(stock_class: type) -> type[SparseProcessor]:
+    @functools.wraps(stock_class.__call__)
+    def __call__(self, *args, **kwargs):
+        channel = _channel()
+        channel.layer, channel.user_backend = self.layer, self.user_backend
+        try:
+            return self.stock(*args, **kwargs)
+        finally:
+            channel.layer = None
+
+    return type(f"Sparse{stock_class.__name__}", (SparseProcessor,), {"__call__": __call__})

@@ -1,0 +1,301 @@
+"""The one mutable object of an enabled transformer, and the state machine that runs every method.
+
+For each guidance branch and layer (the batch and the heads are dimensions of the mask):
+
+    if schedule says dense:              dense attention, on the backend that the user chose
+    elif the method refreshes here:      mask = forced | method.keep_blocks(q, k)
+    elif the method votes:               mask = forced | (mask & vote of the previous call)
+    else:                                mask = mask
+    out = undo(block_sparse_attention(order(q, k, v), mask))
+
+State is dropped at the start of every generation, so two runs give what two processes would.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+from sparsediff import adapter as adapters
+from sparsediff.adapter import ModelAdapter
+from sparsediff.block_mask import BlockMask, area_density, forced_blocks, pack_bits, unpack_bits
+from sparsediff.clock import Clock, Tick
+from sparsediff.kernels.attention import CPU_BREAK_EVEN, attend_blocks, select_backend
+from sparsediff.methods import AttentionSite, Method
+from sparsediff.processor import STATES
+from sparsediff.recorder import Recorder
+from sparsediff.schedule import Schedule
+from sparsediff.token_grid import TokenGrid
+
+MAX_BRANCHES = 8               # guidance branches whose masks are kept; more only if contexts go unnamed outside a pipeline
+MIN_BLOCKS = 4                 # a sequence of fewer key blocks leaves nothing to choose
+LIST_CACHE_BYTES = 4 << 20     # index lists are 32 times the bitmap: kept between steps only while they are small
+
+_keys = itertools.count()
+
+
+@dataclass
+class _Slot:
+    """What one layer remembers in one branch."""
+
+    layout: tuple
+    bitmap: Tensor | None = None          # uint8 [B, H, Mq, ceil(Nk / 8)]
+    density: Tensor | None = None         # float32 [H], averaged over the batch
+    refreshed_at: int | None = None
+    lists: BlockMask | None = None
+
+    def store(self, keep: Tensor, block_size: tuple[int, int], tokens: int) -> BlockMask:
+        self.bitmap = pack_bits(keep)
+        self.density = area_density(keep, block_size, (tokens, tokens)).mean(0)
+        mask = BlockMask.from_dense(keep, block_size, (tokens, tokens))
+        self.lists = mask if mask.kv_indices.nbytes <= LIST_CACHE_BYTES else None
+        return mask
+
+    def mask(self, block_size: tuple[int, int], tokens: int) -> BlockMask:
+        return self.lists or BlockMask.from_bitmap(self.bitmap, block_size, (tokens, tokens))
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """One call of the transformer."""
+
+    tick: Tick
+    branch: str
+    grid: TokenGrid | None
+    problem: str | None                  # why there is no grid
+    started: object
+
+
+class RunState:
+    """State of one enabled transformer; `Handle` owns it, the attention operation finds it by number."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        model: nn.Module,
+        adapter: ModelAdapter,
+        method: Method,
+        schedule: Schedule,
+        clock: Clock,
+        recorder: Recorder,
+    ) -> None:
+        self.key = next(_keys)
+        self.name = name
+        self.adapter = adapter
+        self.method = method
+        self.schedule = schedule
+        self.clock = clock
+        self.recorder = recorder
+        self.modules = adapter.attention_layers(model)
+        self.layers = [f"{name}.{layer}" for layer, _ in self.modules]
+        self.context: object | None = None
+        self.wrappers: list = []
+        self._slots: OrderedDict[str, list[_Slot | None]] = OrderedDict()
+        self._generation: int | None = None
+        self._forward: _Forward | None = None
+        self._call_in_step: tuple[object, int] = (None, -1)
+        self._linear_weights = _linear_weights(model)
+        STATES[self.key] = self
+
+    # -- events: eager Python, outside any compiled graph ---------------------------------------------------------
+
+    def begin_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The transformer is about to run."""
+        arguments = adapters.bind_forward(model, args, kwargs)
+        tick = self.clock.read(self.adapter.timestep(arguments), self.context)
+        if tick.generation != self._generation:
+            self._generation = tick.generation
+            self._slots.clear()
+            self._call_in_step = (None, -1)
+        self.recorder.begin_generation(tick.generation)
+        self.recorder.sigmas[tick.step] = tick.sigma
+        self.recorder.num_steps = tick.num_steps
+        grid, problem = None, None
+        try:
+            grid = self.adapter.token_grid(model, arguments)
+            self.recorder.grid = str(grid)
+        except ValueError as error:
+            problem = str(error)
+        if torch.is_grad_enabled() and _needs_gradients(model, arguments):
+            for layer in self.layers:
+                self.recorder.dense(layer, tick.step, "gradients are on", warn=True)
+        device = next(model.parameters()).device
+        self._forward = _Forward(tick, self._branch(tick), grid, problem, self.recorder.mark(device))
+
+    def end_forward(self, model: nn.Module) -> None:
+        """The transformer has run."""
+        forward, self._forward = self._forward, None
+        if forward is not None:
+            stop = self.recorder.mark(next(model.parameters()).device)
+            self.recorder.span(forward.tick.step, forward.started, stop)
+
+    def _branch(self, tick: Tick) -> str:
+        name = getattr(self.context, "name", self.context)
+        if isinstance(name, str):
+            return name
+        # A pipeline that names no branches still calls them in the same order within every step.
+        moment = (tick.generation, tick.step)
+        count = self._call_in_step[1] + 1 if self._call_in_step[0] == moment else 0
+        self._call_in_step = (moment, count)
+        return f"call {count}"
+
+    # -- one attention call: eager Python, also under torch.compile -----------------------------------------------
+
+    def attend(
+        self,
+        index: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        scale: float | None,
+        is_causal: bool,
+        enable_gqa: bool,
+    ) -> Tensor:
+        """Attention of layer `index`; `[B, S, H, D]` in and out."""
+        reason, warn = self._dense_reason(index, query, key, attn_mask, is_causal), True
+        site = None
+        if reason is None:
+            site = self._site(index)
+            reason, warn = self.schedule.dense_reason(site), False
+        if reason is None:
+            out, reason = self._attend_sparse(index, site, query, key, value, scale)
+            if reason is None:
+                return out
+            warn = True
+        step = self._forward.tick.step if self._forward else 0
+        self.recorder.dense(self.layers[index], step, reason, warn=warn)
+        return dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            scale=scale,
+            is_causal=is_causal,
+            enable_gqa=enable_gqa,
+            backend=self.wrappers[index].user_backend,
+        )
+
+    def _dense_reason(
+        self, index: int, query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool
+    ) -> str | None:
+        """Why the method cannot even be asked."""
+        forward = self._forward
+        if forward is None:
+            return "called outside the transformer's forward"
+        if forward.grid is None:
+            return forward.problem
+        if attn_mask is not None:
+            return "an attention mask that this adapter does not understand"
+        if is_causal:
+            return "causal attention"
+        if query.shape[1:] != key.shape[1:]:
+            return f"queries {list(query.shape[1:])} and keys {list(key.shape[1:])} differ in shape"
+        if query.shape[1] != forward.grid.num_tokens:
+            return f"a sequence of {query.shape[1]} tokens, where the grid {forward.grid} has {forward.grid.num_tokens}"
+        block = self.method.block_size(forward.grid)[1]
+        if -(-key.shape[1] // block) < MIN_BLOCKS:
+            return f"{key.shape[1]} tokens are too few: fewer than {MIN_BLOCKS} blocks of {block}"
+        return None
+
+    def _site(self, index: int) -> AttentionSite:
+        forward = self._forward
+        return AttentionSite(
+            layer=index,
+            num_layers=len(self.layers),
+            step=forward.tick.step,
+            num_steps=forward.tick.num_steps,
+            sigma=forward.tick.sigma,
+            branch=forward.branch,
+            grid=forward.grid,
+        )
+
+    def _attend_sparse(
+        self, index: int, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+    ) -> tuple[Tensor | None, str | None]:
+        """The output, or why this call is better (or only) done dense."""
+        method, grid, tokens = self.method, site.grid, query.shape[1]
+        block_size = method.block_size(grid)
+        try:
+            backend = _backend_for(query.device.type, query.dtype, query.shape[-1], block_size)
+        except ValueError as error:
+            return None, str(error)
+        slot = self._slot(site.branch, index, query, block_size, grid)
+        order = method.order(grid)
+        q, k, v = (query, key, value) if order is None else (order.apply(x, grid) for x in (query, key, value))
+        if method.refreshes(site, slot.refreshed_at):
+            keep = method.keep_blocks(q, k, site)
+            mask = slot.store(keep | _forced(grid, block_size, query.device, order is not None), block_size, tokens)
+            slot.refreshed_at = site.step
+        else:
+            mask = slot.mask(block_size, tokens)
+        threshold = method.vote_threshold(site)
+        # On the CPU reading the density costs nothing, and above break-even the exact result is also the faster one.
+        if threshold is None and query.device.type == "cpu" and slot.density.mean() > CPU_BREAK_EVEN:
+            return None, f"mask density above {CPU_BREAK_EVEN}, where dense attention is faster on a CPU"
+        density = slot.density
+        result = attend_blocks(q, k, v, mask, scale=scale, vote_threshold=threshold, backend=backend.name)
+        if threshold is not None:
+            forced = _forced(grid, block_size, query.device, order is not None)
+            slot.store(unpack_bits(slot.bitmap, mask.num_blocks[1]) & result.vote | forced, block_size, tokens)
+        self._record(index, site, query, density, backend)
+        return (result.out if order is None else order.undo(result.out, grid)), None
+
+    def _slot(
+        self, branch: str, index: int, query: Tensor, block_size: tuple[int, int], grid: TokenGrid
+    ) -> _Slot:
+        layers = self._slots.get(branch)
+        if layers is None:
+            layers = self._slots[branch] = [None] * len(self.layers)
+            if len(self._slots) > MAX_BRANCHES:
+                self._slots.popitem(last=False)
+        else:
+            self._slots.move_to_end(branch)
+        layout = (grid, block_size, query.shape[0], query.shape[2], query.device)
+        if layers[index] is None or layers[index].layout != layout:
+            layers[index] = _Slot(layout)
+        return layers[index]
+
+    def _record(self, index: int, site: AttentionSite, query: Tensor, density: Tensor, backend) -> None:
+        recorder = self.recorder
+        recorder.sparse(self.layers[index], site.step, density)
+        recorder.backends.setdefault(backend.name, backend.reason)
+        if recorder.attention_share is None or index == 0:
+            tokens, width = query.shape[1], query.shape[2] * query.shape[3]
+            attention = 4 * tokens * tokens * width * len(self.layers)
+            recorder.attention_share = attention / (attention + 2 * tokens * self._linear_weights)
+
+    def state_bytes(self) -> int:
+        """Memory held between steps."""
+        slots = (s for layers in self._slots.values() for s in layers if s is not None and s.bitmap is not None)
+        return sum(s.bitmap.nbytes + (s.lists.kv_indices.nbytes if s.lists else 0) for s in slots)
+
+
+@functools.lru_cache(maxsize=64)
+def _backend_for(device: str, dtype: torch.dtype, head_dim: int, block_size: tuple[int, int]):
+    return select_backend(torch.device(device), dtype, head_dim, block_size)
+
+
+@functools.lru_cache(maxsize=32)
+def _forced(grid: TokenGrid, block_size: tuple[int, int], device: torch.device, reordered: bool) -> Tensor:
+    return forced_blocks(grid, block_size, device=device, reordered=reordered)
+
+
+def _linear_weights(model: nn.Module) -> int:
+    """Weights that every token meets: the linear layers inside the model's lists of blocks."""
+    blocks = (m for m in model.children() if isinstance(m, nn.ModuleList))
+    return sum(
+        m.in_features * m.out_features for b in blocks for m in b.modules() if isinstance(m, nn.Linear)
+    )
+
+
+def _needs_gradients(model: nn.Module, arguments) -> bool:
+    inputs = (x for x in arguments.values() if isinstance(x, Tensor))
+    return any(x.requires_grad for x in itertools.chain(inputs, model.parameters()))

@@ -1,0 +1,144 @@
+"""What tests, and people who write adapters, share: the tolerance rule and tiny random pipelines of the real classes.
+
+The pipelines are built offline in a fraction of a second.  Their weights are random: they prove that every path runs,
+and show nothing about quality.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+CORPUS = (
+    "a small red circle moves left over a blue background",
+    "a large green square turns while the camera pans right",
+    "two yellow stars pass behind a striped ring",
+)
+
+
+def assert_close_to_exact(actual: Tensor, exact: Tensor, baseline: Tensor) -> None:
+    """`actual` may err at most twice as much as `baseline`, PyTorch's result in the same dtype, plus one rounding."""
+    exact = exact.double()
+    error, floor = ((x.double() - exact).abs().max().item() for x in (actual, baseline))
+    budget = 2 * floor + torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    assert error <= budget, f"max error {error:.2e} is over the budget {budget:.2e}"
+
+
+def random_wan_pipeline(variant: str = "t2v", *, layers: int = 2, seed: int = 0):
+    """A `WanPipeline` (or `WanImageToVideoPipeline`, `WanVACEPipeline`) of random weights, in float32 on the CPU.
+
+    Args:
+        variant: `"t2v"` (Wan 2.1), `"t2v-2.2"` (two experts), `"ti2v-2.2"` (one timestep a token), `"i2v"` (Wan 2.1,
+            image tokens in cross-attention) or `"vace"`.
+        layers: transformer blocks.
+        seed: of the weights.
+    """
+    import diffusers
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    with _seeded(seed):
+        parts = {
+            "tokenizer": _unigram_tokenizer(),
+            "text_encoder": _umt5_encoder(),
+            "vae": _wan_vae(),
+            "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        }
+        if variant == "t2v":
+            return diffusers.WanPipeline(transformer=_wan_transformer(layers), **parts)
+        if variant == "t2v-2.2":
+            return diffusers.WanPipeline(
+                transformer=_wan_transformer(layers),
+                transformer_2=_wan_transformer(layers),
+                boundary_ratio=0.6,
+                **parts,
+            )
+        if variant == "ti2v-2.2":
+            return diffusers.WanPipeline(
+                transformer=_wan_transformer(layers), expand_timesteps=True, **parts
+            )
+        if variant == "i2v":
+            vision = CLIPVisionConfig(
+                hidden_size=4, projection_dim=4, num_hidden_layers=2, num_attention_heads=2,
+                image_size=32, intermediate_size=16, patch_size=1,
+            )  # fmt: skip
+            return diffusers.WanImageToVideoPipeline(
+                transformer=_wan_transformer(layers, in_channels=36, image_dim=4),
+                image_encoder=CLIPVisionModel(vision).eval(),
+                image_processor=CLIPImageProcessor(crop_size=32, size=32),
+                **parts,
+            )
+        if variant == "vace":
+            transformer = diffusers.WanVACETransformer3DModel(
+                **_wan_sizes(layers), vace_layers=[0, layers - 1], vace_in_channels=96
+            ).eval()
+            return diffusers.WanVACEPipeline(transformer=transformer, **parts)
+    raise ValueError(f"unknown variant {variant!r}; known: t2v, t2v-2.2, ti2v-2.2, i2v, vace")
+
+
+def _wan_sizes(layers: int) -> dict:
+    return {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 32,
+        "freq_dim": 32,
+        "ffn_dim": 32,
+        "num_layers": layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 64,
+    }
+
+
+def _wan_transformer(layers: int, **changes):
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(**{**_wan_sizes(layers), **changes}).eval()
+
+
+def _wan_vae():
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    ).eval()
+
+
+def _umt5_encoder():
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(
+        vocab_size=256, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4,
+        relative_attention_num_buckets=8, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    return UMT5EncoderModel(config).eval()
+
+
+def _unigram_tokenizer():
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=256, unk_token="<unk>", special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int):
+    """Model constructors draw from the global generator: lend it a seed and give it back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
