@@ -16,8 +16,8 @@ from sparsediff.block_mask import BlockMask
 
 LOG2E = 1.4426950408889634
 
-# Elements of one chunk's score matrix.
-_CHUNK_SCORES = 1 << 20
+# Elements of one chunk's score matrix: 2 MB stay in the cache between the two products.
+_CHUNK_SCORES = 1 << 19
 # Rows in one chunk may have this share fewer blocks than its longest row.
 _PADDING = 0.125
 

@@ -1,0 +1,134 @@
+"""Compile the kernels ahead of time for every architecture, without a GPU, and read the machine code.
+
+    python -m sparsediff.kernels.aot sm90 sm120          # one JSON line a kernel
+
+A kernel that spills registers is slow on a machine nobody here may own; this is how we know.  Needs an environment
+without `TRITON_INTERPRET`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sparsediff.kernels._block_sparse_fwd import block_sparse_fwd
+from sparsediff.kernels.tuning import Tile, get_tile
+
+ARCHITECTURES = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
+_DTYPES = {"bf16": 16, "fp16": 16, "fp32": 32}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel became on one architecture."""
+
+    kernel: str
+    arch: str
+    registers: int
+    stack_bytes: int  # spills live here; 0 is what we want
+    shared_bytes: int
+
+
+def portable_attention(
+    arch: str, dtype: str, head_dim: int, block_size: tuple[int, int], *, byproducts: bool, tile: Tile | None = None
+) -> Compiled:
+    """Compile the portable attention kernel; `byproducts` turns on lengths, LSE, vote and mass together."""
+    capability = int(arch[2:])
+    tile = tile or get_tile(divmod(capability, 10), _DTYPES[dtype], head_dim, block_size)
+    constants = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "Q_BLOCK": block_size[0],
+        "KV_BLOCK": block_size[1],
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "HAS_LENGTHS": byproducts,
+        "WITH_PV": True,
+        "WITH_LSE": byproducts,
+        "WITH_VOTE": byproducts,
+        "WITH_MASS": byproducts,
+        "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
+        "STAGES": tile.num_stages,
+    }
+    pointers = {
+        **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}"),
+        **dict.fromkeys(("lse_ptr", "mass_ptr", "lse_prev_ptr"), "*fp32"),
+        **dict.fromkeys(("kv_num_blocks_ptr", "kv_indices_ptr", "kv_lengths_ptr"), "*i32"),
+        "vote_ptr": "*u8",
+        "scale": "fp32",
+        "vote_threshold": "fp32",
+    }
+    name = (
+        f"portable {dtype} D{head_dim} {block_size[0]}x{block_size[1]} tile {tile.block_m}x{tile.block_n}"
+        f" w{tile.num_warps} s{tile.num_stages}{' byproducts' if byproducts else ''}"
+    )
+    # Pointers, and strides of contiguous heads, are multiples of 16, and Triton is told so at run time too.
+    aligned = [n for n in block_sparse_fwd.arg_names if n.endswith("_ptr") or re.fullmatch(r"stride_[qkvo][bsh]", n)]
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return compile_kernel(name, arch, block_sparse_fwd, pointers, constants, aligned, options)
+
+
+def compile_kernel(
+    name: str, arch: str, kernel, signature: dict[str, str], constants: dict, aligned: list[str], options: dict
+) -> Compiled:
+    """Compile a `@triton.jit` function; arguments in neither `signature` nor `constants` are `i32`."""
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={n: "constexpr" if n in constants else signature.get(n, "i32") for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", int(arch[2:]), 32), options=options)
+    registers, stack = resources(compiled.asm["cubin"])
+    return Compiled(name, arch, registers, stack, compiled.metadata.shared)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes a thread, as `cuobjdump` reads them off the machine code."""
+    text = _tool("cuobjdump", "--dump-resource-usage", cubin)
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+
+
+def machine_code(cubin: bytes) -> list[str]:
+    """The instructions, one a line."""
+    return _tool("nvdisasm", "-c", cubin).splitlines()
+
+
+def _tool(name: str, flag: str, cubin: bytes) -> str:
+    binary = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([binary, flag, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def every_kernel(arch: str) -> Iterator[Compiled]:
+    """All that is shipped for one architecture."""
+    for head_dim in (64, 96, 128, 256):
+        for block_size in ((128, 128), (128, 64), (64, 64)):
+            yield portable_attention(arch, "bf16", head_dim, block_size, byproducts=False)
+    for head_dim in (64, 128):
+        yield portable_attention(arch, "bf16", head_dim, (128, 128), byproducts=True)
+        yield portable_attention(arch, "fp32", head_dim, (128, 128), byproducts=False)
+
+
+def main() -> None:
+    """Compile everything for the architectures named on the command line (all, if none is)."""
+    for arch in sys.argv[1:] or ARCHITECTURES:
+        for compiled in every_kernel(arch):
+            print(json.dumps(asdict(compiled)), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Tile sizes of the Triton kernels: data in `configs/<architecture>.json`, never found by trial behind the user's back.
+
+A file maps `"<bits of the dtype>x<head_dim>"` to tiles in order of preference; the first that divides the mask's
+blocks is taken.  The block size belongs to the mask; a tile is how a kernel walks through it.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+_CONFIGS = Path(__file__).parent / "configs"
+HEAD_DIMS = (64, 96, 128, 256)
+
+
+class Tile(NamedTuple):
+    """How one program of the portable kernel is cut."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def get_tile(capability: tuple[int, int], bits: int, head_dim: int, block_size: tuple[int, int]) -> Tile:
+    """The tile for a CUDA compute capability, dtype width, head size and mask block.
+
+    Raises:
+        ValueError: no tile divides the blocks, or the head size is not served; the message says what is.
+    """
+    table = _table(architecture(capability))
+    key = f"{bits}x{head_dim}"
+    if key not in table:
+        raise ValueError(f"head_dim {head_dim} is not served by the Triton kernels; use one of {HEAD_DIMS}")
+    for tile in map(Tile._make, table[key]):
+        if block_size[0] % tile.block_m == 0 and block_size[1] % tile.block_n == 0:
+            return tile
+    raise ValueError(f"blocks of {tuple(block_size)} tokens are not served by the Triton kernels; use multiples of 16")
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """Name of the newest configuration that is not newer than the device, such as `sm90`."""
+    known = sorted(int(f.stem[2:]) for f in _CONFIGS.glob("sm*.json"))
+    number = capability[0] * 10 + capability[1]
+    older = [sm for sm in known if sm <= number]
+    if not older:
+        raise ValueError(f"compute capability {capability} is too old for the Triton kernels; they need 8.0")
+    return f"sm{older[-1]}"
+
+
+@cache
+def _table(name: str) -> dict[str, list[list[int]]]:
+    return json.loads((_CONFIGS / f"{name}.json").read_text())
