@@ -40,7 +40,7 @@ def random_wan_pipeline(variant: str = "t2v", *, layers: int = 2, seed: int = 0)
 
     with _seeded(seed):
         parts = {
-            "tokenizer": _unigram_tokenizer(),
+            "tokenizer": _word_tokenizer(),
             "text_encoder": _umt5_encoder(),
             "vae": _wan_vae(),
             "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -73,7 +73,7 @@ def random_wan_pipeline(variant: str = "t2v", *, layers: int = 2, seed: int = 0)
             transformer = diffusers.WanVACETransformer3DModel(
                 **_wan_sizes(layers), vace_layers=[0, layers - 1], vace_in_channels=96
             ).eval()
-            return diffusers.WanVACEPipeline(transformer=transformer, **parts)
+            return diffusers.WanVACEPipeline(transformer=_make_local(transformer), **parts)
     raise ValueError(f"unknown variant {variant!r}; known: t2v, t2v-2.2, ti2v-2.2, i2v, vace")
 
 
@@ -97,7 +97,23 @@ def _wan_sizes(layers: int) -> dict:
 def _wan_transformer(layers: int, **changes):
     from diffusers import WanTransformer3DModel
 
-    return WanTransformer3DModel(**{**_wan_sizes(layers), **changes}).eval()
+    return _make_local(WanTransformer3DModel(**{**_wan_sizes(layers), **changes}).eval())
+
+
+@torch.no_grad()
+def _make_local(model):
+    """Give self-attention a shape: queries and keys that mostly agree, so that RoPE makes near tokens score higher.
+
+    With wholly random weights every block matters as much as any other, and nothing is ever skipped.
+    """
+    for module in model.modules():
+        if hasattr(module, "norm_q") and not getattr(module, "is_cross_attention", False):
+            for projection in (module.to_q, module.to_k):
+                projection.weight.mul_(0.3)
+                projection.bias.fill_(1.0)
+            module.norm_q.weight.fill_(2.0)
+            module.norm_k.weight.fill_(2.0)
+    return model
 
 
 def _wan_vae():
@@ -118,16 +134,15 @@ def _umt5_encoder():
     return UMT5EncoderModel(config).eval()
 
 
-def _unigram_tokenizer():
+def _word_tokenizer():
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    trainer = tokenizers.trainers.UnigramTrainer(
-        vocab_size=256, unk_token="<unk>", special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    # A fixed vocabulary: training one (Unigram, BPE) breaks ties differently from run to run.
+    words = sorted({word for line in CORPUS for word in line.split()})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)]
     )

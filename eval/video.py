@@ -1,0 +1,103 @@
+"""Writing what people look at: clips, clips side by side, and a sheet of frames."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+MARGIN = 8
+INK, PAPER = (24, 24, 27), (250, 250, 249)
+
+
+def check_writable(path: Path) -> None:
+    """Create the folder of `path` and prove that a file can be written there.
+
+    Raises:
+        OSError: if not; the message says which path.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
+    existed = path.exists()
+    with path.open("ab"):
+        pass
+    if not existed:
+        path.unlink()
+
+
+def to_video_tensor(frames) -> Tensor:
+    """Frames as a pipeline returns them (`output_type="np"` or `"pt"`) as `float32 [F, H, W, 3]` in [0, 1]."""
+    x = torch.as_tensor(frames).detach().to("cpu", torch.float32)
+    if x.ndim == 5:
+        x = x[0]
+    if x.shape[-1] != 3 and x.shape[1] == 3:
+        x = x.movedim(1, -1)
+    return x.clamp(0.0, 1.0)
+
+
+def write_mp4(path: str | Path, video: Tensor, fps: int) -> None:
+    """Write `[F, H, W, 3]` in [0, 1] as H.264, which browsers play."""
+    import imageio.v3 as iio
+
+    path = Path(path)
+    pixels = (video.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    # H.264 with 4:2:0 colour needs even sizes.
+    pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge")
+    iio.imwrite(path, pixels, plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=1, quality=9)
+
+
+def side_by_side(videos: dict[str, Tensor], *, scale: int = 1) -> Tensor:
+    """Captioned videos next to one another: `[F, H', W', 3]`."""
+    shapes = {tuple(v.shape) for v in videos.values()}
+    if len(shapes) != 1:
+        raise ValueError(f"videos side by side must have one shape, got {sorted(shapes)}")
+    frames, height, width, _ = next(iter(shapes))
+    width, height = width * scale, height * scale
+    caption = 22
+    canvas = Image.new("RGB", (MARGIN + (width + MARGIN) * len(videos), height + caption + MARGIN), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for i, name in enumerate(videos):
+        draw.text((MARGIN + i * (width + MARGIN), 5), name, fill=INK, font=_font(13))
+    blank = torch.from_numpy(np.array(canvas)).float() / 255
+    out = blank.repeat(frames, 1, 1, 1)
+    for i, video in enumerate(videos.values()):
+        left = MARGIN + i * (width + MARGIN)
+        big = video.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        out[:, caption : caption + height, left : left + width] = big
+    return out
+
+
+def contact_sheet(videos: dict[str, Tensor], *, title: str = "", columns: int = 6, scale: int = 1) -> Image.Image:
+    """A row of evenly spaced frames for every video, with its name above."""
+    rows = []
+    for name, video in videos.items():
+        picks = torch.linspace(0, len(video) - 1, min(columns, len(video))).round().long()
+        rows.append((name, (video[picks].clamp(0, 1) * 255).round().to(torch.uint8).numpy()))
+    height, width = rows[0][1].shape[1] * scale, rows[0][1].shape[2] * scale
+    caption, head = 20, 30 if title else 0
+    sheet = Image.new(
+        "RGB",
+        (
+            MARGIN + max(len(r) for _, r in rows) * (width + MARGIN),
+            head + len(rows) * (height + caption + MARGIN) + MARGIN,
+        ),
+        PAPER,
+    )
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((MARGIN, 9), title, fill=INK, font=_font(14))
+    for i, (name, row) in enumerate(rows):
+        top = head + i * (height + caption + MARGIN)
+        draw.text((MARGIN, top + 3), name, fill=INK, font=_font(12))
+        for j, frame in enumerate(row):
+            picture = Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(picture, (MARGIN + j * (width + MARGIN), top + caption))
+    return sheet
+
+
+def _font(size: int):
+    return ImageFont.load_default(size)

@@ -1,0 +1,6 @@
+"""Every test runs offline; a model hub is never asked."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
