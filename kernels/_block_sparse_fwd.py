@@ -69,6 +69,12 @@ def _visit(
 
 
 @triton.jit
+def _total(b_x):
+    """Sum over rows, as a tensor of one element: Triton 3.7 cannot lay out a reduction to a scalar on sm_100."""
+    return tl.sum(b_x[:, None], 0)
+
+
+@triton.jit
 def _visible_blocks(p_list, count, length, KV_BLOCK: tl.constexpr):
     """How many entries of an ascending list start before `length`: a binary search."""
     low = tl.zeros_like(count)
@@ -178,7 +184,13 @@ def block_sparse_fwd(
     o_d = tl.arange(0, BLOCK_D)
     m_m = o_m < seq_q
     m_d = o_d < HEAD_DIM
-    p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + o_m[:, None].to(tl.int64) * stride_qs + o_d[None, :]
+    p_q = (
+        q_ptr
+        + i_b * stride_qb
+        + i_h * stride_qh
+        + o_m[:, None].to(tl.int64) * stride_qs
+        + o_d[None, :]
+    )
     b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)  # [BLOCK_M, D]
     p_k = k_ptr + i_b * stride_kb + i_h * stride_kh + o_n[None, :] * stride_ks + o_d[:, None]
     p_v = v_ptr + i_b * stride_vb + i_h * stride_vh + o_n[:, None] * stride_vs + o_d[None, :]
@@ -190,12 +202,15 @@ def block_sparse_fwd(
     b_l = tl.zeros([BLOCK_M], tl.float32)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if WITH_MASS:
-        b_norm = tl.load(lse_prev_ptr + i_bh.to(tl.int64) * seq_q + o_m, mask=m_m, other=float("-inf"))
+        b_norm = tl.load(
+            lse_prev_ptr + i_bh.to(tl.int64) * seq_q + o_m, mask=m_m, other=float("-inf")
+        )
         # No softmax, no mass: exp2(x - inf) is 0.
         b_norm = tl.where(b_norm == float("-inf"), float("inf"), b_norm * LOG2E)
 
     i_kv = tl.load(p_list + tl.maximum(count - 1, 0))
-    mass = 0.0
+    b_mass = tl.zeros([1], tl.float32)
+    o_one = tl.arange(0, 1)
     for i_sub in tl.static_range(SUB_N):
         start = i_kv * KV_BLOCK + (SUB_N - 1 - i_sub) * BLOCK_N
         b_acc, b_m, b_l, b_top, b_sum, b_shift = _visit(
@@ -203,9 +218,9 @@ def block_sparse_fwd(
             BLOCK_N, True, PAD_D, WITH_PV, PRECISION,
         )  # fmt: skip
         if WITH_MASS:
-            mass += tl.sum(b_sum * tl.math.exp2(b_shift - b_norm), 0)
+            b_mass += _total(b_sum * tl.math.exp2(b_shift - b_norm))
     if WITH_MASS:
-        tl.store(p_mass + i_kv, mass, mask=count > 0)
+        tl.store(p_mass + i_kv + o_one, b_mass, mask=(count > 0) & (o_one == 0))
     if WITH_VOTE:
         tl.store(vote_ptr + o_row + i_kv, 1, mask=count > 0)
 
@@ -213,10 +228,7 @@ def block_sparse_fwd(
     for i in tl.range(SUB_N, count * SUB_N, num_stages=STAGES):
         i_kv = tl.load(p_list + (count - 1 - i // SUB_N))
         start = i_kv * KV_BLOCK + (SUB_N - 1 - i % SUB_N) * BLOCK_N
-        if SUB_N == 1:
-            b_before = b_m
-        else:
-            b_before = tl.where(i % SUB_N == 0, b_m, b_before)
+        b_before = b_m if SUB_N == 1 else tl.where(i % SUB_N == 0, b_m, b_before)
         b_acc, b_m, b_l, b_top, b_sum, b_shift = _visit(
             b_q, p_k, p_v, stride_ks, stride_vs, start, length, b_m, b_l, b_acc, qk_scale, m_d,
             BLOCK_N, False, PAD_D, WITH_PV, PRECISION,
@@ -227,9 +239,9 @@ def block_sparse_fwd(
             m_vote = (b_top - b_before > vote_threshold) & m_m
             tl.store(vote_ptr + o_row + i_kv + tl.zeros([BLOCK_M], tl.int32), 1, mask=m_vote)
         if WITH_MASS:
-            tile_mass = tl.sum(b_sum * tl.math.exp2(b_shift - b_norm), 0)
-            mass = tl.where(i % SUB_N == 0, 0.0, mass) + tile_mass
-            tl.store(p_mass + i_kv, mass)
+            b_tile_mass = _total(b_sum * tl.math.exp2(b_shift - b_norm))
+            b_mass = tl.where(i % SUB_N == 0, 0.0, b_mass) + b_tile_mass
+            tl.store(p_mass + i_kv + o_one, b_mass)
 
     # Rows that attended to nothing: maximum -inf, sum 0.
     b_l = tl.where(b_l == 0.0, 1.0, b_l)
@@ -238,5 +250,11 @@ def block_sparse_fwd(
         tl.store(p_lse, b_m * LN2 + tl.log(b_l), mask=m_m)
     if WITH_PV:
         b_acc = b_acc / b_l[:, None]
-        p_out = out_ptr + i_b * stride_ob + i_h * stride_oh + o_m[:, None].to(tl.int64) * stride_os + o_d[None, :]
+        p_out = (
+            out_ptr
+            + i_b * stride_ob
+            + i_h * stride_oh
+            + o_m[:, None].to(tl.int64) * stride_os
+            + o_d[None, :]
+        )
         tl.store(p_out, b_acc.to(out_ptr.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])

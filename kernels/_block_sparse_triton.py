@@ -148,11 +148,11 @@ def launch(
 
 def pick_tile(query: Tensor, mask: BlockMask) -> Tile:
     """The tile for these tensors on their device."""
-    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else _INTERPRETED_CAPABILITY
+    capability = (
+        torch.cuda.get_device_capability(query.device) if query.is_cuda else _INTERPRETED_CAPABILITY
+    )
     return get_tile(capability, query.element_size() * 8, query.shape[-1], mask.block_size)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-

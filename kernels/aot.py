@@ -40,7 +40,13 @@ class Compiled:
 
 
 def portable_attention(
-    arch: str, dtype: str, head_dim: int, block_size: tuple[int, int], *, byproducts: bool, tile: Tile | None = None
+    arch: str,
+    dtype: str,
+    head_dim: int,
+    block_size: tuple[int, int],
+    *,
+    byproducts: bool,
+    tile: Tile | None = None,
 ) -> Compiled:
     """Compile the portable attention kernel; `byproducts` turns on lengths, LSE, vote and mass together."""
     capability = int(arch[2:])
@@ -73,13 +79,23 @@ def portable_attention(
         f" w{tile.num_warps} s{tile.num_stages}{' byproducts' if byproducts else ''}"
     )
     # Pointers, and strides of contiguous heads, are multiples of 16, and Triton is told so at run time too.
-    aligned = [n for n in block_sparse_fwd.arg_names if n.endswith("_ptr") or re.fullmatch(r"stride_[qkvo][bsh]", n)]
+    aligned = [
+        n
+        for n in block_sparse_fwd.arg_names
+        if n.endswith("_ptr") or re.fullmatch(r"stride_[qkvo][bsh]", n)
+    ]
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     return compile_kernel(name, arch, block_sparse_fwd, pointers, constants, aligned, options)
 
 
 def compile_kernel(
-    name: str, arch: str, kernel, signature: dict[str, str], constants: dict, aligned: list[str], options: dict
+    name: str,
+    arch: str,
+    kernel,
+    signature: dict[str, str],
+    constants: dict,
+    aligned: list[str],
+    options: dict,
 ) -> Compiled:
     """Compile a `@triton.jit` function; arguments in neither `signature` nor `constants` are `i32`."""
     names = kernel.arg_names
@@ -110,7 +126,9 @@ def _tool(name: str, flag: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([binary, flag, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [binary, flag, file.name], capture_output=True, text=True, check=True
+        ).stdout
 
 
 def every_kernel(arch: str) -> Iterator[Compiled]:

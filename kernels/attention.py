@@ -8,6 +8,7 @@ with `j` running over the tokens of the key blocks that the mask keeps for the q
 |-------------|--------|------------------|----------|--------------------------------------------------------|
 | `reference` | any    | fp16, bf16, fp32 | any      | slow and obvious; defines the others                   |
 | `cpu`       | CPU    | fp16, bf16, fp32 | any      | faster than dense attention below `CPU_BREAK_EVEN`     |
+| `triton`    | CUDA   | fp16, bf16, fp32 | 64, 96, 128, 256 | portable kernel, SM80 and newer; block sizes that are multiples of 16 |
 
 The vote is LiteAttention's (arXiv 2511.11062); the exact block mass under a cached log-sum-exp is AdaSpa's
 (arXiv 2502.21079).
@@ -34,6 +35,7 @@ CPU_BREAK_EVEN = 0.5
 _BACKENDS = {
     "reference": "sparsediff.kernels._block_sparse_reference",
     "cpu": "sparsediff.kernels._block_sparse_cpu",
+    "triton": "sparsediff.kernels._block_sparse_triton",
 }
 
 
@@ -132,8 +134,7 @@ def attend_blocks(
         ValueError: shapes, devices, mask or backend do not fit; the message says what would.
         TypeError: a dtype that is not served.
     """
-    _check(query, key, value, mask, kv_lengths, lse_prev)
-    choice = select_backend(query.device, query.dtype, query.shape[-1], mask.block_size, backend)
+    _check(query, key, value, mask, scale, kv_lengths, lse_prev)
     out, lse, vote, mass = torch.ops.sparsediff.attend_blocks(
         query,
         key,
@@ -147,7 +148,7 @@ def attend_blocks(
         lse_prev,
         return_lse,
         return_mass,
-        choice.name,
+        backend,
     )
     return AttentionOutput(
         out,
@@ -162,9 +163,9 @@ def attend_blocks(
 
 def select_backend(
     device: torch.device | str,
-    dtype: torch.dtype,  # noqa: ARG001 - so far every backend serves every dtype, size and block
-    head_dim: int,  # noqa: ARG001
-    block_size: tuple[int, int],  # noqa: ARG001
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: tuple[int, int],
     backend: str = "auto",
 ) -> BackendChoice:
     """Which backend serves such a call, and why.
@@ -176,23 +177,53 @@ def select_backend(
     if backend == "auto":
         if device.type == "cpu":
             return BackendChoice("cpu", "CPU tensors: gathered blocks in plain torch")
-        return BackendChoice(
-            "reference", f"no fast backend for {device.type} yet: correct, but slower than dense"
-        )
-    if backend == "triton":
-        raise ValueError("backend 'triton' is not there yet; use 'auto' or 'reference'")
+        if why_not := _why_not_triton(device, dtype, head_dim, block_size):
+            return BackendChoice(
+                "reference", f"{why_not}: correct, but slower than dense attention"
+            )
+        return BackendChoice("triton", "portable Triton kernel")
     if backend not in _BACKENDS:
         raise ValueError(
             f"unknown backend {backend!r}; use 'auto' or one of {', '.join(_BACKENDS)}"
         )
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' needs CPU tensors, got {device.type}; use 'auto'")
+    if backend == "triton" and (why_not := _why_not_triton(device, dtype, head_dim, block_size)):
+        raise ValueError(f"backend 'triton' cannot run here: {why_not}; use 'auto'")
     return BackendChoice(backend, "asked for by name")
 
 
 def available_backends() -> dict[str, str]:
     """Every backend's name, and "" if it can run on this machine or one line why not."""
-    return dict.fromkeys(_BACKENDS, "")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        "reference": "",
+        "cpu": "",
+        "triton": _why_not_triton(device, torch.bfloat16, 128, (128, 128)),
+    }
+
+
+def _why_not_triton(
+    device: torch.device, dtype: torch.dtype, head_dim: int, block_size: tuple[int, int]
+) -> str:
+    """One line on what keeps the portable kernel from serving such a call, or ""."""
+    try:
+        from sparsediff.kernels.tuning import get_tile, interpreting
+    except ImportError:
+        return "Triton is not installed (pip install triton)"
+    if device.type == "cuda":
+        if torch.version.hip is not None:
+            return "AMD GPUs are not served yet"
+        capability = torch.cuda.get_device_capability(device)
+    elif interpreting():
+        capability = (9, 0)
+    else:
+        return f"Triton needs a CUDA device, got {device.type} (TRITON_INTERPRET=1 runs it slowly on a CPU)"
+    try:
+        get_tile(capability, dtype.itemsize * 8, head_dim, tuple(block_size))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 # -- checks -------------------------------------------------------------------------------------------------------
@@ -203,6 +234,7 @@ def _check(
     key: Tensor,
     value: Tensor,
     mask: BlockMask,
+    scale: float | None,
     kv_lengths: Tensor | None,
     lse_prev: Tensor | None,
 ) -> None:
@@ -249,6 +281,8 @@ def _check(
             raise ValueError(
                 f"mask has {name} dimension {got}; query needs {want}, or 1 to share one mask"
             )
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()):
         raise ValueError(
             "block-sparse attention has no backward pass; call it under torch.no_grad()"
@@ -280,8 +314,10 @@ def _attend_blocks(
     want_mass,
     backend,
 ):
+    # Chosen in here, where torch.compile does not look: the choice reads files and device properties.
+    choice = select_backend(query.device, query.dtype, query.shape[-1], tuple(block_size), backend)
     mask = BlockMask(kv_num_blocks, kv_indices, tuple(block_size), (query.shape[1], key.shape[1]))
-    results = import_module(_BACKENDS[backend]).attend(
+    results = import_module(_BACKENDS[choice.name]).attend(
         query,
         key,
         value,

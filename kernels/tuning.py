@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import triton
+
 _CONFIGS = Path(__file__).parent / "configs"
 HEAD_DIMS = (64, 96, 128, 256)
 
@@ -24,7 +26,9 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def get_tile(capability: tuple[int, int], bits: int, head_dim: int, block_size: tuple[int, int]) -> Tile:
+def get_tile(
+    capability: tuple[int, int], bits: int, head_dim: int, block_size: tuple[int, int]
+) -> Tile:
     """The tile for a CUDA compute capability, dtype width, head size and mask block.
 
     Raises:
@@ -33,11 +37,15 @@ def get_tile(capability: tuple[int, int], bits: int, head_dim: int, block_size: 
     table = _table(architecture(capability))
     key = f"{bits}x{head_dim}"
     if key not in table:
-        raise ValueError(f"head_dim {head_dim} is not served by the Triton kernels; use one of {HEAD_DIMS}")
+        raise ValueError(
+            f"head_dim {head_dim} is not served by the Triton kernels; use one of {HEAD_DIMS}"
+        )
     for tile in map(Tile._make, table[key]):
         if block_size[0] % tile.block_m == 0 and block_size[1] % tile.block_n == 0:
             return tile
-    raise ValueError(f"blocks of {tuple(block_size)} tokens are not served by the Triton kernels; use multiples of 16")
+    raise ValueError(
+        f"blocks of {tuple(block_size)} tokens are not served by the Triton kernels; use multiples of 16"
+    )
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -46,8 +54,15 @@ def architecture(capability: tuple[int, int]) -> str:
     number = capability[0] * 10 + capability[1]
     older = [sm for sm in known if sm <= number]
     if not older:
-        raise ValueError(f"compute capability {capability} is too old for the Triton kernels; they need 8.0")
+        raise ValueError(
+            f"compute capability {capability} is too old for the Triton kernels; they need 8.0"
+        )
     return f"sm{older[-1]}"
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels on the CPU (`TRITON_INTERPRET=1` in the environment)."""
+    return triton.knobs.runtime.interpret
 
 
 @cache

@@ -11,17 +11,20 @@ from sparsediff.block_mask import BlockMask
 from sparsediff.kernels import _block_sparse_cpu, _block_sparse_reference
 from sparsediff.kernels.attention import (
     AttentionOutput,
+    _why_not_triton,
     attend_blocks,
     available_backends,
     block_sparse_attention,
     select_backend,
 )
 
-BACKENDS = ("reference", "cpu")
+# `make test` sets TRITON_INTERPRET=1; without it, and without a GPU, the Triton kernel cannot run.
+INTERPRETED = not _why_not_triton(torch.device("cpu"), torch.float32, 64, (64, 64))
+BACKENDS = ("reference", "cpu", *(["triton"] if INTERPRETED else []))
 LENGTHS = (1, 63, 64, 65, 127, 128, 129, 251)
 
 
-def make_inputs(seq_q, seq_k, *, batch=1, heads=2, head_dim=16, dtype=torch.float32, seed=0):
+def make_inputs(seq_q, seq_k, *, batch=1, heads=2, head_dim=64, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
     shapes = ((batch, s, heads, head_dim) for s in (seq_q, seq_k, seq_k))
     return [torch.randn(s, generator=g).to(dtype) for s in shapes]
@@ -89,14 +92,16 @@ def test_awkward_lengths_match_float64(backend, seq_q, block_size):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_errs_no_more_than_pytorch(backend, dtype):
+    if backend == "triton" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16 as bit patterns")
     check(*make_inputs(200, 330, dtype=dtype, head_dim=64), make_mask(200, 330, (64, 64)), backend)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
-    seq_q=st.integers(1, 70),
-    seq_k=st.integers(1, 70),
-    block_size=st.sampled_from([(16, 16), (32, 16), (8, 16)]),
+    seq_q=st.integers(1, 50),
+    seq_k=st.integers(1, 50),
+    block_size=st.sampled_from([(16, 16), (32, 16), (16, 32)]),
     density=st.floats(0, 1),
     batch=st.integers(1, 2),
     shared=st.sampled_from([(False, False), (True, False), (False, True), (True, True)]),
@@ -106,14 +111,14 @@ def test_low_precision_errs_no_more_than_pytorch(backend, dtype):
 def test_random_masks_and_ragged_lengths(
     seq_q, seq_k, block_size, density, batch, shared, seed, data
 ):
-    inputs = make_inputs(seq_q, seq_k, batch=batch, heads=3, seed=seed)
+    inputs = make_inputs(seq_q, seq_k, batch=batch, heads=2, seed=seed)
     mask = make_mask(
         seq_q,
         seq_k,
         block_size,
         density=density,
         batch=1 if shared[0] else batch,
-        heads=1 if shared[1] else 3,
+        heads=1 if shared[1] else 2,
         seed=seed,
     )
     lengths = None
@@ -152,7 +157,7 @@ def test_nothing_kept_at_all(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_non_contiguous_inputs(backend):
-    wide = torch.randn(1, 2, 130, 3 * 16, generator=torch.Generator().manual_seed(0))
+    wide = torch.randn(1, 2, 130, 3 * 64, generator=torch.Generator().manual_seed(0))
     q, k, v = (x.transpose(1, 2) for x in wide.chunk(3, -1))
     assert not q.is_contiguous()
     check(q, k, v, make_mask(130, 130, (64, 64)), backend)
@@ -309,19 +314,19 @@ def test_auto_on_cpu_runs_the_cpu_backend(monkeypatch):
     ("change", "error", "message"),
     [
         (
-            {"query": torch.zeros(64, 2, 16)},
+            {"query": torch.zeros(64, 2, 64)},
             ValueError,
-            r"query must be \[B, S, H, D\], got \[64, 2, 16\]",
+            r"query must be \[B, S, H, D\], got \[64, 2, 64\]",
         ),
-        ({"key": torch.zeros(1, 64, 3, 16)}, ValueError, r"key must be \[1, 64, 2, 16\]"),
-        ({"value": torch.zeros(1, 63, 2, 16)}, ValueError, "value must be"),
+        ({"key": torch.zeros(1, 64, 3, 64)}, ValueError, r"key must be \[1, 64, 2, 64\]"),
+        ({"value": torch.zeros(1, 63, 2, 64)}, ValueError, "value must be"),
         (
-            {"value": torch.zeros(1, 64, 2, 16).half()},
+            {"value": torch.zeros(1, 64, 2, 64).half()},
             TypeError,
             "value is torch.float16, query torch.float32",
         ),
         (
-            {"query": torch.zeros(1, 64, 2, 16, dtype=torch.int32)},
+            {"query": torch.zeros(1, 64, 2, 64, dtype=torch.int32)},
             TypeError,
             "query is torch.int32",
         ),
@@ -343,7 +348,7 @@ def test_auto_on_cpu_runs_the_cpu_backend(monkeypatch):
             "mask has head dimension 3; query needs 2",
         ),
         ({"mask": make_mask(64, 64, (64, 64)).to("meta")}, ValueError, r"use mask.to\('cpu'\)"),
-        ({"query": torch.zeros(1, 64, 2, 16, requires_grad=True)}, ValueError, "torch.no_grad"),
+        ({"query": torch.zeros(1, 64, 2, 64, requires_grad=True)}, ValueError, "torch.no_grad"),
         ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'; use 'auto' or one of reference"),
     ],
 )
