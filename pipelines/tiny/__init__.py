@@ -20,7 +20,13 @@ WEIGHTS = Path(__file__).parent / "weights"
 MODELS = ("tiny-wan", "tiny-cogvideox")
 
 # what the models were trained for; arguments of every pipeline here
-CALL = {"height": 128, "width": 128, "num_frames": 33, "num_inference_steps": 20, "guidance_scale": 3.0}
+CALL = {
+    "height": 128,
+    "width": 128,
+    "num_frames": 33,
+    "num_inference_steps": 20,
+    "guidance_scale": 3.0,
+}
 
 
 def names() -> tuple[str, ...]:
@@ -29,26 +35,40 @@ def names() -> tuple[str, ...]:
 
 
 def load(
-    name: str = "tiny-wan", *, torch_dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    name: str = "tiny-wan",
+    *,
+    torch_dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
 ) -> DiffusionPipeline:
     """A stock diffusers pipeline from package data: no network, about a second, float32 unless told otherwise."""
     if name not in names():
-        raise ValueError(f"no tiny model named {name!r}; this installation has: {', '.join(names()) or 'none'}")
+        raise ValueError(
+            f"no tiny model named {name!r}; this installation has: {', '.join(names()) or 'none'}"
+        )
     return load_folder(WEIGHTS, name, torch_dtype=torch_dtype, device=device)
 
 
 def load_folder(
-    weights: Path, name: str, *, torch_dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    weights: Path,
+    name: str,
+    *,
+    torch_dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
 ) -> DiffusionPipeline:
     """`load` from any folder that `train.py export` wrote."""
     import torch
     from diffusers import AutoencoderKLWan, DiffusionPipeline
+    from diffusers.utils import deprecation_utils
 
     from .models import COGVIDEOX_AUTOENCODER_CONFIG
 
-    options = {"torch_dtype": torch_dtype or torch.float32, "local_files_only": True}
+    # diffusers renamed the argument and warns about the old name
+    keyword = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
+    options = {keyword: torch_dtype or torch.float32, "local_files_only": True}
     components = {}
-    if name == "tiny-cogvideox":  # it borrows the autoencoder, which lacks three entries this family reads
+    if (
+        name == "tiny-cogvideox"
+    ):  # it borrows the autoencoder, which lacks three entries this family reads
         vae = AutoencoderKLWan.from_pretrained(weights / "tiny-wan", subfolder="vae", **options)
         vae.register_to_config(**COGVIDEOX_AUTOENCODER_CONFIG)
         components["vae"] = vae

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -32,9 +33,11 @@ class Judge(nn.Module):
     def __init__(self, width: int = 48) -> None:
         super().__init__()
         channels = (width, width, 2 * width, 3 * width)
-        self.stem = nn.Conv2d(3 * JUDGE_FRAMES + len(render.COLOURS) + 2, width, 5, stride=2, padding=2)
+        self.stem = nn.Conv2d(
+            3 * JUDGE_FRAMES + len(render.COLOURS) + 2, width, 5, stride=2, padding=2
+        )
         self.down = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(channels, channels[1:], strict=False)
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(channels)
         )
         self.blocks = nn.ModuleList(
             nn.Sequential(
@@ -43,16 +46,24 @@ class Judge(nn.Module):
             )
             for c in channels
         )  # fmt: skip
-        self.heads = nn.ModuleDict({k: nn.Linear(2 * channels[-1], len(v)) for k, v in QUESTIONS.items()})
+        self.heads = nn.ModuleDict(
+            {k: nn.Linear(2 * channels[-1], len(v)) for k, v in QUESTIONS.items()}
+        )
 
     def forward(self, video: Tensor, second_colour: Tensor) -> dict[str, Tensor]:
         """`second_colour` `[B]` is the colour of the object *not* meant, or -1."""
-        index = torch.linspace(0, video.shape[2] - 1, JUDGE_FRAMES, device=video.device).round().long()
+        index = (
+            torch.linspace(0, video.shape[2] - 1, JUDGE_FRAMES, device=video.device).round().long()
+        )
         frames = F.adaptive_avg_pool2d(video[:, :, index].flatten(1, 2), JUDGE_SIZE)
         hint = F.one_hot(second_colour + 1, len(render.COLOURS) + 1)[:, 1:].to(frames.dtype)
         ramp = torch.linspace(-1, 1, JUDGE_SIZE, device=video.device, dtype=frames.dtype)
         ramp = ramp.expand(len(frames), 1, JUDGE_SIZE, JUDGE_SIZE)
-        x = self.stem(torch.cat([frames, hint[:, :, None, None].expand(-1, -1, *frames.shape[2:]), ramp, ramp.mT], 1))
+        x = self.stem(
+            torch.cat(
+                [frames, hint[:, :, None, None].expand(-1, -1, *frames.shape[2:]), ramp, ramp.mT], 1
+            )
+        )
         for i, block in enumerate(self.blocks):
             x = x + block(x)
             x = self.down[i](x) if i < len(self.down) else x
@@ -86,7 +97,9 @@ def train_judge(args: argparse.Namespace) -> None:
         video = soil(render.render(scenes, 33, size, size, device))
         answers = judge(video, hint_of(scenes).to(device))
         loss = sum(F.cross_entropy(v, getattr(scenes, k).to(device)) for k, v in answers.items())
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (iteration + 1) / 50) * (1 - fraction) + 1e-6
+        optimizer.param_groups[0]["lr"] = (
+            2e-3 * min(1, (iteration + 1) / 50) * (1 - fraction) + 1e-6
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
@@ -94,16 +107,25 @@ def train_judge(args: argparse.Namespace) -> None:
         iteration += 1
         if iteration % 50 == 1:
             print(f"judge {iteration}: loss {loss.item():.3f}", flush=True)
-        fraction = (time.monotonic() - started) / args.seconds if args.seconds else iteration / args.iterations
+        fraction = (
+            (time.monotonic() - started) / args.seconds
+            if args.seconds
+            else iteration / args.iterations
+        )
     args.out.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.to("cpu", torch.bfloat16) for k, v in judge.state_dict().items()}, args.out / "judge.safetensors")
+    save_file(
+        {k: v.to("cpu", torch.bfloat16) for k, v in judge.state_dict().items()},
+        args.out / "judge.safetensors",
+    )
 
 
 def soil(video: Tensor) -> Tensor:
     """Blur, noise and brightness, each clip its own amount."""
     amount = torch.rand(3, len(video), 1, 1, 1, 1, device=video.device)
     frames = video.flatten(1, 2)
-    video = torch.lerp(video, F.avg_pool2d(frames, 3, stride=1, padding=1).view_as(video), amount[0])
+    video = torch.lerp(
+        video, F.avg_pool2d(frames, 3, stride=1, padding=1).view_as(video), amount[0]
+    )
     video = video * (0.85 + 0.3 * amount[1])
     return video + 0.15 * amount[2] * torch.randn_like(video)
 
@@ -111,11 +133,15 @@ def soil(video: Tensor) -> Tensor:
 def load_judge(folder: Path, device: torch.device | str) -> Judge:
     """The judge in evaluation mode."""
     judge = Judge()
-    judge.load_state_dict({k: v.float() for k, v in load_file(folder / "judge.safetensors").items()})
+    judge.load_state_dict(
+        {k: v.float() for k, v in load_file(folder / "judge.safetensors").items()}
+    )
     return judge.to(device).eval().requires_grad_(False)
 
 
-def examine_judge(judge: Judge, vae: nn.Module, count: int, device: torch.device) -> dict[str, dict[str, float]]:
+def examine_judge(
+    judge: Judge, vae: nn.Module, count: int, device: torch.device
+) -> dict[str, dict[str, float]]:
     """Its accuracy on rendered held-out clips, and on the same after the autoencoder."""
     generator = torch.Generator().manual_seed(99)
     right = {"rendered": [], "reconstructed": []}
@@ -137,7 +163,10 @@ def merge(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def accuracy(right: dict[str, Tensor]) -> dict[str, float]:
     """Share of right answers per question, and of clips with all three right."""
     together = torch.stack(list(right.values())).all(0)
-    return {**{k: v.float().mean().item() for k, v in right.items()}, "all three": together.float().mean().item()}
+    return {
+        **{k: v.float().mean().item() for k, v in right.items()},
+        "all three": together.float().mean().item(),
+    }
 
 
 def generate(pipe, prompts: list[str], *, seed: int = 0, batch: int = 25, **call) -> Tensor:
@@ -170,27 +199,51 @@ def score(args: argparse.Namespace) -> None:
     pipe.vae.to(torch.float32)
     judge = load_judge(args.weights, device)
     scenes, prompts = exam(args.prompts)
-    results = {"model": args.model, "prompts": args.prompts, "judge": examine_judge(judge, pipe.vae, args.prompts, device)}
+    results = {
+        "model": args.model,
+        "prompts": args.prompts,
+        "judge": examine_judge(judge, pipe.vae, args.prompts, device),
+    }
     results["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     results["runs"] = []
     for steps in args.steps:
         for guidance in args.guidance:
             started = time.monotonic()
-            video = generate(pipe, prompts, batch=args.batch, num_inference_steps=steps, guidance_scale=guidance)
+            video = generate(
+                pipe, prompts, batch=args.batch, num_inference_steps=steps, guidance_scale=guidance
+            )
             seconds = time.monotonic() - started
-            right = merge([verdicts(judge, video[i : i + 20].to(device), scenes[i : i + 20]) for i in range(0, len(prompts), 20)])
-            run = {"steps": steps, "guidance": guidance, "seconds_per_clip": seconds / len(prompts), **accuracy(right)}
-            run["missed"] = {k: [prompts[i] for i in (~v).nonzero().flatten().tolist()] for k, v in right.items()}
+            right = merge(
+                [
+                    verdicts(judge, video[i : i + 20].to(device), scenes[i : i + 20])
+                    for i in range(0, len(prompts), 20)
+                ]
+            )
+            run = {
+                "steps": steps,
+                "guidance": guidance,
+                "seconds_per_clip": seconds / len(prompts),
+                **accuracy(right),
+            }
+            run["missed"] = {
+                k: [prompts[i] for i in (~v).nonzero().flatten().tolist()] for k, v in right.items()
+            }
             results["runs"].append(run)
             print(json.dumps({k: v for k, v in run.items() if k != "missed"}), flush=True)
             args.out.mkdir(parents=True, exist_ok=True)
-            sheet(video[: args.sheet], prompts[: args.sheet], args.out / f"{args.model}-{steps}-{guidance:g}.png")
+            sheet(
+                video[: args.sheet],
+                prompts[: args.sheet],
+                args.out / f"{args.model}-{steps}-{guidance:g}.png",
+            )
             (args.out / f"{args.model}-score.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("judge", "score"))
     parser.add_argument("--model", choices=MODELS, default="tiny-wan")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)

@@ -62,7 +62,7 @@ COGVIDEOX = {
     "out_channels": LATENT_CHANNELS,
     "time_embed_dim": 96,
     "text_embed_dim": TEXT_DIM,
-    "num_layers": 6,
+    "num_layers": 5,
     "sample_width": 32,
     "sample_height": 32,
     "sample_frames": 33,
@@ -93,9 +93,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=512,
     )
 
 
@@ -106,12 +112,16 @@ def build_denoiser(name: str) -> tuple[nn.Module, nn.Module]:
 
     words = 3 + len(render.vocabulary())
     if name == "tiny-wan":
-        return WanTransformer3DModel(**WAN), UMT5EncoderModel(UMT5Config(vocab_size=words, **TEXT_ENCODER))
+        return WanTransformer3DModel(**WAN), UMT5EncoderModel(
+            UMT5Config(vocab_size=words, **TEXT_ENCODER)
+        )
     config = T5Config(vocab_size=words, feed_forward_proj="gated-gelu", **TEXT_ENCODER)
     return CogVideoXTransformer3DModel(**COGVIDEOX), T5EncoderModel(config)
 
 
-def assemble(name: str, autoencoder: AutoencoderKLWan, transformer: nn.Module, text_encoder: nn.Module) -> DiffusionPipeline:
+def assemble(
+    name: str, autoencoder: AutoencoderKLWan, transformer: nn.Module, text_encoder: nn.Module
+) -> DiffusionPipeline:
     """A stock pipeline of the family, in evaluation mode."""
     from diffusers import CogVideoXPipeline, UniPCMultistepScheduler, WanPipeline
 

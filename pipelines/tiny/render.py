@@ -130,7 +130,9 @@ def sample_scenes(count: int, generator: torch.Generator, *, held_out: bool = Fa
     second = choose(2, (0.65, 0.35)).bool()
     crosses = motion < 4  # only an object that travels passes in front of or behind another
     relation = torch.where(second, torch.where(crosses, 1 + choose(2), 3), 0)
-    size_2 = torch.where(relation == 1, choose(2), 0)  # a large one would hide or crowd the main object
+    size_2 = torch.where(
+        relation == 1, choose(2), 0
+    )  # a large one would hide or crowd the main object
     return Scenes(
         colour=colour,
         shape=shape,
@@ -151,8 +153,14 @@ def sample_scenes(count: int, generator: torch.Generator, *, held_out: bool = Fa
 def captions(scenes: Scenes, generator: torch.Generator, *, complete: bool = False) -> list[str]:
     """One sentence a scene.  Training captions leave things out now and then; `complete` ones never do."""
     chance = torch.rand(len(scenes), 12, generator=generator).tolist()
-    columns = {f.name: getattr(scenes, f.name).tolist() for f in fields(scenes) if f.name not in ("chance", "blobs")}
-    return [_caption({k: v[i] for k, v in columns.items()}, c, complete) for i, c in enumerate(chance)]
+    columns = {
+        f.name: getattr(scenes, f.name).tolist()
+        for f in fields(scenes)
+        if f.name not in ("chance", "blobs")
+    }
+    return [
+        _caption({k: v[i] for k, v in columns.items()}, c, complete) for i, c in enumerate(chance)
+    ]
 
 
 def _caption(s: dict[str, int], chance: list[float], complete: bool) -> str:
@@ -172,7 +180,12 @@ def _caption(s: dict[str, int], chance: list[float], complete: bool) -> str:
     words += [say(TEXTURES[s["texture"]])] if s["texture"] else []
     words += [say(shape), say(f"motion {MOTIONS[s['motion']]}")]
     if s["relation"]:
-        words += [say(RELATIONS[s["relation"]]), "a", SIZES[s["size_2"]], list(COLOURS)[s["colour_2"]]]
+        words += [
+            say(RELATIONS[s["relation"]]),
+            "a",
+            SIZES[s["size_2"]],
+            list(COLOURS)[s["colour_2"]],
+        ]
         words += [SHAPES[s["shape_2"]]]
     words += [say("backdrop").format(list(BACKGROUNDS)[s["background"]])] if keep(0.85) else []
     text = " ".join(words) + say(f"camera {CAMERAS[s['camera']]}")
@@ -181,7 +194,14 @@ def _caption(s: dict[str, int], chance: list[float], complete: bool) -> str:
 
 def vocabulary() -> list[str]:
     """Every word and sign the grammar can produce, sorted."""
-    words = {"a", "an", "the", ",", "."} | set(COLOURS) | set(BACKGROUNDS) | set(SHAPES) | set(TEXTURES) | set(SIZES)
+    words = (
+        {"a", "an", "the", ",", "."}
+        | set(COLOURS)
+        | set(BACKGROUNDS)
+        | set(SHAPES)
+        | set(TEXTURES)
+        | set(SIZES)
+    )
     for options in WORDING.values():
         for option in options:
             words |= set(option.replace(",", " , ").replace("{}", "").split())
@@ -219,7 +239,9 @@ def _distance(shape: Tensor, u: Tensor, w: Tensor, radius: Tensor) -> Tensor:
     return out
 
 
-def trajectory(scenes: Scenes, frames: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def trajectory(
+    scenes: Scenes, frames: int, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Where the main object is: centre x, y and radius in pixels, angle in radians, each `[B, frames]`."""
     c, motion = scenes.chance, scenes.motion
     t = torch.arange(frames, dtype=torch.float32)[None]
@@ -233,7 +255,11 @@ def trajectory(scenes: Scenes, frames: int, height: int, width: int) -> tuple[Te
     sign_y = is_motion["down"].float() - is_motion["up"].float()
     shift = speed * (t - (frames - 1) / 2)
 
-    margin = 1.15 * radius * (1 + 0.35 * is_motion["growing"].float() + 0.35 * is_motion["shrinking"].float())
+    margin = (
+        1.15
+        * radius
+        * (1 + 0.35 * is_motion["growing"].float() + 0.35 * is_motion["shrinking"].float())
+    )
     half_travel = speed * (frames - 1) / 2
 
     def place(extent: int, u: Tensor, room: Tensor) -> Tensor:
@@ -249,16 +275,24 @@ def trajectory(scenes: Scenes, frames: int, height: int, width: int) -> tuple[Te
     hop = (28 + 10 * c[:, 5:6]) * (math.pi * (t / 16 + c[:, 6:7])).sin().abs()
     y = torch.where(is_motion["bouncing"], floor - hop, y)
     tilt = 0.4 * (c[:, 7:8] - 0.5)
-    angle = torch.where(is_motion["spinning"], 2 * math.pi * c[:, 7:8] + 0.14 * t, tilt.expand(-1, frames))
+    angle = torch.where(
+        is_motion["spinning"], 2 * math.pi * c[:, 7:8] + 0.14 * t, tilt.expand(-1, frames)
+    )
     return x, y.expand_as(x), (radius * scale).expand_as(x), angle
 
 
-def render(scenes: Scenes, frames: int, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+def render(
+    scenes: Scenes, frames: int, height: int, width: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """Draw the clips: `[B, 3, frames, height, width]`, float32 in [-1, 1]."""
     s = Scenes(*(getattr(scenes, f.name).to(device) for f in fields(scenes)))
     x, y, radius, angle = (v.to(device) for v in trajectory(scenes, frames, height, width))
     t = torch.arange(frames, dtype=torch.float32, device=device)[None]
-    pan = PAN_SPEED * ((s.camera == 2).float() - (s.camera == 1).float())[:, None] * (t - (frames - 1) / 2)  # [B, F]
+    pan = (
+        PAN_SPEED
+        * ((s.camera == 2).float() - (s.camera == 1).float())[:, None]
+        * (t - (frames - 1) / 2)
+    )  # [B, F]
     rows = torch.arange(height, dtype=torch.float32, device=device) + 0.5
     columns = torch.arange(width, dtype=torch.float32, device=device) + 0.5
 
@@ -268,7 +302,9 @@ def render(scenes: Scenes, frames: int, height: int, width: int, device: torch.d
     beside = s.relation == 3
     side = torch.where(c[:, 4] < 0.5, 1.0, -1.0)
     x_2 = width / 2 + torch.where(beside, side * (26 + 4 * c[:, 8]), 16 * (c[:, 8] - 0.5))
-    y_2 = torch.where(beside, height * (0.3 + 0.4 * c[:, 9]), y[:, frames // 2] + 12 * (c[:, 9] - 0.5))
+    y_2 = torch.where(
+        beside, height * (0.3 + 0.4 * c[:, 9]), y[:, frames // 2] + 12 * (c[:, 9] - 0.5)
+    )
     vertical = (s.motion == 2) | (s.motion == 3)
     x_2 = torch.where(vertical & ~beside, x[:, 0] + 12 * (c[:, 8] - 0.5), x_2)
     y_2 = torch.where(vertical & ~beside, height / 2 + 16 * (c[:, 9] - 0.5), y_2)
@@ -296,12 +332,20 @@ def _background(s: Scenes, pan: Tensor, rows: Tensor, columns: Tensor) -> Tensor
     gx = (columns[None, None] - width / 2 + pan[:, :, None]) / (20.0 * 24)  # [B, F, W]
     gy = (rows - height / 2) / (20.0 * 12)
     grid = torch.stack(
-        [gx[:, :, None].expand(-1, -1, height, -1), gy[None, None, :, None].expand(batch, frames, -1, width)], -1
+        [
+            gx[:, :, None].expand(-1, -1, height, -1),
+            gy[None, None, :, None].expand(batch, frames, -1, width),
+        ],
+        -1,
     )
     blobs = s.blobs[:, None].expand(-1, frames, -1, -1, -1).flatten(0, 1)
-    noise = F.grid_sample(blobs, grid.flatten(0, 1), mode="bicubic", padding_mode="reflection", align_corners=False)
+    noise = F.grid_sample(
+        blobs, grid.flatten(0, 1), mode="bicubic", padding_mode="reflection", align_corners=False
+    )
     noise = noise.view(batch, frames, 1, height, width)
-    base = torch.tensor(list(BACKGROUNDS.values()), device=pan.device)[s.background].view(batch, 1, 3, 1, 1)
+    base = torch.tensor(list(BACKGROUNDS.values()), device=pan.device)[s.background].view(
+        batch, 1, 3, 1, 1
+    )
     gradient = 1.25 - 0.5 * (rows / height).view(1, 1, 1, -1, 1)
     return base * gradient + 0.045 * noise
 

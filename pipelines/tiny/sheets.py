@@ -15,7 +15,9 @@ def _pixels(video: Tensor) -> Tensor:
     return ((video.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
-def sheet(video: Tensor, captions: list[str], path: Path, *, frames: int = 5, columns: int = 2) -> None:
+def sheet(
+    video: Tensor, captions: list[str], path: Path, *, frames: int = 5, columns: int = 2
+) -> None:
     """A PNG with `frames` frames of each clip of `[B, 3, F, H, W]` side by side and its caption below."""
     clips, _, length, height, width = video.shape
     index = [round(i * (length - 1) / (frames - 1)) for i in range(frames)]
@@ -33,7 +35,9 @@ def sheet(video: Tensor, captions: list[str], path: Path, *, frames: int = 5, co
     picture.save(path, optimize=True)
 
 
-def animation(video: Tensor, captions: list[str], path: Path, *, columns: int = 4, fps: int = 12) -> None:
+def animation(
+    video: Tensor, captions: list[str], path: Path, *, columns: int = 4, fps: int = 12
+) -> None:
     """A GIF of all clips running together, captions below."""
     clips, _, length, height, width = video.shape
     rows, cell_height = -(-clips // columns), height + 3 * 12
@@ -41,7 +45,12 @@ def animation(video: Tensor, captions: list[str], path: Path, *, columns: int = 
     draw = ImageDraw.Draw(base)
     for i, caption in enumerate(captions):
         text = "\n".join(textwrap.wrap(caption, width=width // 6)[:3])
-        draw.multiline_text(((i % columns) * (width + 4) + 1, (i // columns) * cell_height + height), text, "black", spacing=0)
+        draw.multiline_text(
+            ((i % columns) * (width + 4) + 1, (i // columns) * cell_height + height),
+            text,
+            "black",
+            spacing=0,
+        )
     pages = []
     for frame in range(length):
         page = base.copy()
@@ -51,4 +60,6 @@ def animation(video: Tensor, captions: list[str], path: Path, *, columns: int = 
         pages.append(page)
     palette = pages[0].quantize(255, method=Image.Quantize.MEDIANCUT)
     pages = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pages]
-    pages[0].save(path, save_all=True, append_images=pages[1:], duration=1000 // fps, loop=0, optimize=True)
+    pages[0].save(
+        path, save_all=True, append_images=pages[1:], duration=1000 // fps, loop=0, optimize=True
+    )

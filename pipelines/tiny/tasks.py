@@ -31,7 +31,12 @@ class CountedPadding:
     def __init__(self) -> None:
         self.bias: Tensor | None = None  # [B, 1, 1, slots]
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
+    ):
+        """Diffusers' processor signature; there is neither a mask nor a rotation in cross-attention."""
+        del attention_mask, rotary_emb
+
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
 
@@ -65,7 +70,11 @@ class WanTask:
     def tokens(self, captions: list[str]) -> Tensor:
         """`[B, 40]` ids."""
         return self.pipe.tokenizer(
-            captions, padding="max_length", max_length=TEXT_SLOTS, truncation=True, return_tensors="pt"
+            captions,
+            padding="max_length",
+            max_length=TEXT_SLOTS,
+            truncation=True,
+            return_tensors="pt",
         ).input_ids
 
     def predict(self, noisy: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
@@ -74,10 +83,17 @@ class WanTask:
         states = self.pipe.text_encoder(ids, valid.long()).last_hidden_state * valid[:, :, None]
         # half of the batches at the pipeline's default, the others anywhere down to 48
         full = TEXT_TOKENS["tiny-wan"]
-        total = full if self.random.random() < 0.5 else round(math.exp(self.random.uniform(math.log(48), math.log(full))))
+        total = (
+            full
+            if self.random.random() < 0.5
+            else round(math.exp(self.random.uniform(math.log(48), math.log(full))))
+        )
         self.processor.bias = padding_bias(valid, total)
         return self.pipe.transformer(
-            hidden_states=noisy, timestep=sigma * 1000, encoder_hidden_states=states, return_dict=False
+            hidden_states=noisy,
+            timestep=sigma * 1000,
+            encoder_hidden_states=states,
+            return_dict=False,
         )[0]
 
 
@@ -85,6 +101,7 @@ class CogVideoXTask:
     """`CogVideoXPipeline`: T5 states of padded text, joined with the video tokens, no mask anywhere."""
 
     def __init__(self, pipe: DiffusionPipeline, *, seed: int = 0) -> None:
+        del seed  # nothing here is random
         self.pipe = pipe
 
     def prepare(self) -> None:
@@ -101,7 +118,9 @@ class CogVideoXTask:
         """Velocity `[B, 16, f, h, w]` for noisy latents at `sigma` in [0, 1]."""
         states = self.pipe.text_encoder(ids)[0]
         frames, height, width = noisy.shape[2:]
-        rotary = self.pipe._prepare_rotary_positional_embeddings(4 * height, 4 * width, frames, noisy.device)
+        rotary = self.pipe._prepare_rotary_positional_embeddings(
+            4 * height, 4 * width, frames, noisy.device
+        )
         out = self.pipe.transformer(
             hidden_states=noisy.transpose(1, 2),
             encoder_hidden_states=states,

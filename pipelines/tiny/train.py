@@ -17,7 +17,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import models, render
-from .autoencoder import ClipAutoencoder, normalise_latents
+from .autoencoder import ClipAutoencoder, channels_last_is_faster, normalise_latents
 from .optim import Muon, split_parameters
 from .tasks import TASKS
 from .world import World
@@ -62,12 +63,14 @@ class Recipe:
     late: float = 0.7
     learning_rate: float = 1e-3  # AdamW; Muon's update has half that root mean square
     warmup: int = 100  # iterations
-    flat: float = 0.35  # the rate is constant up to this fraction of the schedule, then falls to zero
+    flat: float = (
+        0.35  # the rate is constant up to this fraction of the schedule, then falls to zero
+    )
 
 
 RECIPES = {
     "start": Recipe(begin=0.0, end=0.3, buckets=((SMALL, 1.0),)),
-    "main": Recipe(begin=0.3, end=1.0, buckets=((DEFAULT, 1.0),), late_buckets=((DEFAULT, 0.7), (LONG, 0.15), (WIDE, 0.15))),
+    "main": Recipe(begin=0.3, end=1.0, buckets=((DEFAULT, 1.0),), late_buckets=((DEFAULT, 0.8), (LONG, 0.1), (WIDE, 0.1)), late=0.65),
     "whole": Recipe(begin=0.0, end=1.0, buckets=((SMALL, 1.0),), late_buckets=((DEFAULT, 1.0),), late=0.3),
     "toy": Recipe(begin=0.0, end=1.0, buckets=((TOY, 1.0),), warmup=2),
 }  # fmt: skip
@@ -126,6 +129,55 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return 10 * torch.log10(4 / (a - b).square().flatten(1).mean(1).clamp_min(1e-10))
 
 
+def channels_last(world: World, args: argparse.Namespace, log: Log) -> bool:
+    """Which memory layout suits the convolutions here: measured once, then remembered in `--out`."""
+    if world.device.type == "cpu":
+        return False
+    path = args.out / "layout.json"
+    if not path.exists():
+        video = render.render(render.sample_scenes(16, seeded(0)), 17, 64, 64, world.device)
+        gain = world.agree(channels_last_is_faster(video, mixed_precision(world.device)))
+        log(stage="layout", channels_last_gain_ms=1000 * gain)
+        path.write_text(json.dumps({"channels_last": gain > 0}))
+    return json.loads(path.read_text())["channels_last"]
+
+
+@contextmanager
+def fastest_attention(world: World, log: Log) -> Iterator[None]:
+    """Prefer cuDNN's attention over flash attention where it is faster and right."""
+    if world.device.type == "cpu":
+        yield
+        return
+    q, k, v = (
+        torch.randn(3, 32, 4, 2304, 64, device=world.device, dtype=torch.bfloat16)
+        .requires_grad_()
+        .unbind(0)
+    )
+    seconds, outputs = {}, {}
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        with sdpa_kernel(backend):
+            for i in range(8):
+                if i == 3:
+                    torch.cuda.synchronize()
+                    started = time.monotonic()
+                out = F.scaled_dot_product_attention(q, k, v)
+                gradient = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+            torch.cuda.synchronize()
+            seconds[backend] = world.agree(time.monotonic() - started)
+            outputs[backend] = torch.stack(gradient)
+    flash, cudnn = outputs.values()
+    right = ((flash - cudnn).float().norm() / flash.float().norm()).item() < 0.02
+    order = sorted(seconds, key=seconds.get) if right else [SDPBackend.FLASH_ATTENTION]
+    log(
+        stage="attention",
+        order=[b.name for b in order],
+        right=right,
+        ms=[200 * s for s in seconds.values()],
+    )
+    with sdpa_kernel([*order, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
+        yield
+
+
 def train_autoencoder(args: argparse.Namespace, world: World, log: Log) -> None:
     """Charbonnier and squared error, a pull of the latents towards mean 0 and variance 1, noise on the latents.
 
@@ -134,23 +186,26 @@ def train_autoencoder(args: argparse.Namespace, world: World, log: Log) -> None:
     device, cuda = world.device, world.device.type == "cuda"
     torch.manual_seed(args.seed)
     model = models.build_autoencoder().to(device)
-    if cuda:
-        model = model.to(memory_format=torch.channels_last_3d)
-    clips = ClipAutoencoder(model, compile=cuda)
+    clips = ClipAutoencoder(model, compile=cuda, channels_last=channels_last(world, args, log))
     world.same_weights(model.parameters())
     # the class has a log variance that nothing here trains; it is pinned to nearly none
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-4, fused=cuda)
-    generator, noise = seeded(args.seed, 1, world.rank), torch.Generator(device).manual_seed(args.seed + world.rank)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-4, fused=cuda
+    )
+    generator, noise = (
+        seeded(args.seed, 1, world.rank),
+        torch.Generator(device).manual_seed(args.seed + world.rank),
+    )
     toy = not cuda
     for fraction in (budget := Budget(world, args.seconds, args.iterations)):
         rate = 1.2e-3 * min(1, (budget.iteration + 1) / 100) * (1 - fraction) + 1e-6
         for group in optimizer.param_groups:
             group["lr"] = rate
-        frames, size, batch = (5, 32, 2) if toy else (17, 64, 16) if fraction < 0.8 else (17, 128, 6)
+        frames, size, batch = (
+            (5, 32, 2) if toy else (17, 64, 16) if fraction < 0.8 else (17, 128, 6)
+        )
         video = render.render(render.sample_scenes(batch, generator), frames, size, size, device)
-        if cuda:
-            video = video.contiguous(memory_format=torch.channels_last_3d)
         with mixed_precision(device):
             latents = clips.encode(video).float()
             level = 0.2 * torch.rand(batch, 1, 1, 1, 1, device=device, generator=noise)
@@ -173,7 +228,9 @@ def train_autoencoder(args: argparse.Namespace, world: World, log: Log) -> None:
 
 
 @torch.no_grad()
-def finish_autoencoder(model: nn.Module, clips: ClipAutoencoder, args: argparse.Namespace, world: World, log: Log) -> None:
+def finish_autoencoder(
+    model: nn.Module, clips: ClipAutoencoder, args: argparse.Namespace, world: World, log: Log
+) -> None:
     """Normalise the latents, measure on held-out clips, save."""
     toy = world.device.type == "cpu"
     frames, size, batch, rounds = (5, 32, 2, 1) if toy else (33, 128, 16, 4)
@@ -190,10 +247,17 @@ def finish_autoencoder(model: nn.Module, clips: ClipAutoencoder, args: argparse.
     model.quant_conv.bias[models.LATENT_CHANNELS :] = -12.0
     scores = []
     for _ in range(rounds):
-        video = render.render(render.sample_scenes(batch, generator, held_out=True), frames, size, size, world.device)
+        video = render.render(
+            render.sample_scenes(batch, generator, held_out=True), frames, size, size, world.device
+        )
         scores.append(psnr(clips.decode(clips.encode(video)).clamp(-1, 1), video))
     scores = torch.cat(scores)
-    log(stage="autoencoder", held_out_psnr=scores.mean().item(), worst=scores.min().item(), clips=len(scores))
+    log(
+        stage="autoencoder",
+        held_out_psnr=scores.mean().item(),
+        worst=scores.min().item(),
+        clips=len(scores),
+    )
     clips.norm_silu = norm_silu
     if world.rank == 0:
         save_weights(model, args.out / "autoencoder.safetensors")
@@ -201,12 +265,23 @@ def finish_autoencoder(model: nn.Module, clips: ClipAutoencoder, args: argparse.
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """The state of a module in bfloat16."""
-    save_file({k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in model.state_dict().items()}, path)
+    save_file(
+        {
+            k: v.detach().to("cpu", torch.bfloat16).contiguous()
+            for k, v in model.state_dict().items()
+        },
+        path,
+    )
 
 
 @torch.no_grad()
 def encode_clips(
-    clips: ClipAutoencoder, task, bucket: Bucket, generator: torch.Generator, device: torch.device, seconds: float
+    clips: ClipAutoencoder,
+    task,
+    bucket: Bucket,
+    generator: torch.Generator,
+    device: torch.device,
+    seconds: float,
 ) -> tuple[Tensor, Tensor]:
     """Latents `[N, 16, f, h, w]` in bfloat16 and token ids `[N, L]` of up to `bucket.clips` clips, or what the time allows."""
     latents, captions, started = [], [], time.monotonic()
@@ -225,7 +300,9 @@ def train_denoiser(args: argparse.Namespace, world: World, log: Log) -> None:
     """Flow matching: predict `noise - latents` at a noise level drawn around the middle and shifted upwards."""
     device, cuda, recipe = world.device, world.device.type == "cuda", RECIPES[args.recipe]
     torch.manual_seed(args.seed)
-    pipe = models.assemble(args.model, models.build_autoencoder(), *models.build_denoiser(args.model))
+    pipe = models.assemble(
+        args.model, models.build_autoencoder(), *models.build_denoiser(args.model)
+    )
     load_chunk(pipe, args)
     for part in (pipe.vae, pipe.transformer, pipe.text_encoder):
         part.to(device).requires_grad_(part is not pipe.vae)
@@ -236,7 +313,7 @@ def train_denoiser(args: argparse.Namespace, world: World, log: Log) -> None:
         restore_raw(pipe, args.out / args.model / "raw.safetensors")
     world.same_weights(trained(pipe))
 
-    encoder = ClipAutoencoder(pipe.vae, compile=cuda)
+    encoder = ClipAutoencoder(pipe.vae, compile=cuda, channels_last=channels_last(world, args, log))
     generator = seeded(args.seed, 3, world.rank, round(1000 * recipe.begin))
     data: dict[Bucket, tuple[Tensor, Tensor]] = {}
     buckets = [b for b, _ in recipe.buckets + recipe.late_buckets]
@@ -250,20 +327,32 @@ def train_denoiser(args: argparse.Namespace, world: World, log: Log) -> None:
     matrices, others = split_parameters(pipe.transformer)
     others = others + list(pipe.text_encoder.parameters())
     muon = Muon(matrices, lr=recipe.learning_rate / 2)
-    adam = torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=cuda)
+    adam = torch.optim.AdamW(
+        others, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=cuda
+    )
     if cuda and args.compile:
         torch._dynamo.config.recompile_limit = 32
-        for block in getattr(pipe.transformer, "blocks", None) or pipe.transformer.transformer_blocks:
+        for block in (
+            getattr(pipe.transformer, "blocks", None) or pipe.transformer.transformer_blocks
+        ):
             block.compile(dynamic=False)
     empty = task.tokens([""]).to(device)
-    noise = torch.Generator(device).manual_seed(args.seed * 1000 + world.rank + round(100 * recipe.begin))
-    picker = seeded(args.seed, 4, round(1000 * recipe.begin))  # the same on every rank: equal shapes, equal speed
+    noise = torch.Generator(device).manual_seed(
+        args.seed * 1000 + world.rank + round(100 * recipe.begin)
+    )
+    picker = seeded(
+        args.seed, 4, round(1000 * recipe.begin)
+    )  # the same on every rank: equal shapes, equal speed
     parameters, losses = list(trained(pipe)), []
     pipe.transformer.train()
+    attention = ExitStack()
+    attention.enter_context(fastest_attention(world, log))
     for fraction in (budget := Budget(world, args.seconds, args.iterations)):
         overall = recipe.begin + fraction * (recipe.end - recipe.begin)
         falling = min(1.0, (1 - overall) / (1 - recipe.flat))
-        rate = recipe.learning_rate * min(1, (budget.iteration + 1) / recipe.warmup) * falling + 1e-7
+        rate = (
+            recipe.learning_rate * min(1, (budget.iteration + 1) / recipe.warmup) * falling + 1e-7
+        )
         adam.param_groups[0]["lr"], muon.param_groups[0]["lr"] = rate, rate / 2
         late = recipe.late_buckets and overall >= recipe.late
         choices = recipe.late_buckets if late else recipe.buckets
@@ -296,7 +385,13 @@ def train_denoiser(args: argparse.Namespace, world: World, log: Log) -> None:
             log(stage=args.model, iteration=budget.iteration, fraction=round(overall, 4), rate=rate, frames=bucket.frames,
                 size=bucket.size, loss=torch.stack(losses).mean().item())  # fmt: skip
             losses.clear()
-    log(stage=args.model, iteration=budget.iteration, fraction=recipe.end, loss=torch.stack(losses or [loss.detach()]).mean().item())
+    log(
+        stage=args.model,
+        iteration=budget.iteration,
+        fraction=recipe.end,
+        loss=torch.stack(losses or [loss.detach()]).mean().item(),
+    )
+    attention.close()
     if world.rank == 0:
         save_chunk(pipe, average, args)
     world.leave()
@@ -320,7 +415,10 @@ def save_chunk(pipe, average: list[Tensor], args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     named = _parts(pipe)
     for name, values in {"raw": named.values(), "average": average}.items():
-        tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in zip(named, values, strict=True)}
+        tensors = {
+            k: v.detach().to("cpu", torch.bfloat16).contiguous()
+            for k, v in zip(named, values, strict=True)
+        }
         save_file(tensors, folder / f"{name}.safetensors")
 
 
@@ -341,7 +439,9 @@ def load_chunk(pipe, args: argparse.Namespace) -> None:
         for part in ("vae", "transformer", "text_encoder"):
             getattr(pipe, part).load_state_dict(getattr(shipped, part).state_dict())
         return
-    pipe.vae.load_state_dict({k: v.float() for k, v in load_file(args.out / "autoencoder.safetensors").items()})
+    pipe.vae.load_state_dict(
+        {k: v.float() for k, v in load_file(args.out / "autoencoder.safetensors").items()}
+    )
     average = args.out / args.model / "average.safetensors"
     if average.exists():
         restore_raw(pipe, average)
@@ -349,7 +449,11 @@ def load_chunk(pipe, args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace, world: World, log: Log) -> None:
     """Write the pipeline folder that ships, bfloat16, with the averaged weights."""
-    pipe = models.assemble(args.model, models.build_autoencoder(), *models.build_denoiser(args.model))
+    if world.rank > 0:
+        return
+    pipe = models.assemble(
+        args.model, models.build_autoencoder(), *models.build_denoiser(args.model)
+    )
     load_chunk(pipe, args)
     folder = args.out / "weights" / args.model
     for part in ("vae", "transformer", "text_encoder"):
@@ -357,12 +461,18 @@ def export(args: argparse.Namespace, world: World, log: Log) -> None:
     pipe.save_pretrained(folder)
     if args.model != "tiny-wan":  # one autoencoder serves all
         shutil.rmtree(folder / "vae")
-    log(stage="export", megabytes=sum(f.stat().st_size for f in (args.out / "weights").rglob("*.safetensors")) / 1e6)
+    log(
+        stage="export",
+        megabytes=sum(f.stat().st_size for f in (args.out / "weights").rglob("*.safetensors"))
+        / 1e6,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", choices=("autoencoder", "denoiser", "export"))
     parser.add_argument("--model", choices=sorted(TASKS), default="tiny-wan")
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="whole")
@@ -383,7 +493,9 @@ def main(argv: list[str] | None = None) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = args.stage == "autoencoder"
     log = Log(world, args.out / f"log-{args.stage}-{args.model}.jsonl")
-    {"autoencoder": train_autoencoder, "denoiser": train_denoiser, "export": export}[args.stage](args, world, log)
+    {"autoencoder": train_autoencoder, "denoiser": train_denoiser, "export": export}[args.stage](
+        args, world, log
+    )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ class World:
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
         pieces = (flat / self.size).split([g.numel() for g in gradients])
-        torch._foreach_copy_(gradients, [x.view_as(g) for x, g in zip(pieces, gradients, strict=True)])
+        torch._foreach_copy_(
+            gradients, [x.view_as(g) for x, g in zip(pieces, gradients, strict=True)]
+        )
 
     def same_weights(self, parameters: Iterable[Tensor]) -> None:
         """Everyone gets the values of the first process."""

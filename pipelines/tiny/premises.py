@@ -1,0 +1,351 @@
+"""Does the attention of a tiny model behave as sparse-attention papers say?  Measured, not assumed.
+
+    python -m sparsediff.pipelines.tiny.premises --model tiny-wan --out docs/tiny
+
+Masks are the heaviest 20 % of 64x64 blocks by exact softmax mass, tokens in the model's own order (frame, row,
+column).  Everything is of the self-attention of the conditional branch unless named otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.transformers import transformer_wan
+from torch import Tensor
+
+from . import CALL, WEIGHTS, load_folder
+from .evaluate import exam, generate
+
+BLOCK = 64
+KEEP = 0.2
+MASSES = (0.5, 0.8, 0.95)
+DENSITIES = (0.5, 0.3, 0.2, 0.1)
+DENSE_FRACTION = 0.2
+
+
+@contextmanager
+def intercepted(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Send every self-attention of Wan transformers through `attend(q, k, v)`, layout `[B, S, H, D]`."""
+    stock = transformer_wan.dispatch_attention_fn
+
+    def dispatch(query, key, value, **options):
+        # text is never as long as the video here
+        return (
+            attend(query, key, value)
+            if query.shape[1] == key.shape[1]
+            else stock(query, key, value, **options)
+        )
+
+    transformer_wan.dispatch_attention_fn = dispatch
+    try:
+        yield
+    finally:
+        transformer_wan.dispatch_attention_fn = stock
+
+
+class Probe:
+    """Attention that counts where it is (layer, branch, step) and records or thins out.
+
+    `mass` `[steps, layers, B, H, N, N]` float16: share of each query block's softmax mass per key block;
+    `lse` `[steps, layers, B, H, S]`: natural-log sum of exponentials.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        *,
+        dense_steps: int = 0,
+        density: float | None = None,
+        record: bool = False,
+    ) -> None:
+        self.layers, self.dense_steps, self.density, self.record = (
+            layers,
+            dense_steps,
+            density,
+            record,
+        )
+        self.calls = 0
+        self.mass: list[Tensor] = []
+        self.lse: list[Tensor] = []
+        self.unconditional_overlap: list[float] = []
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Self-attention, `[B, S, H, D]`."""
+        step, position = divmod(self.calls, 2 * self.layers)
+        unconditional = position >= self.layers
+        self.calls += 1
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        sparse = self.density is not None and step >= self.dense_steps
+        if not (sparse or self.record):
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        scores = (q.float() @ k.float().mT) * q.shape[-1] ** -0.5
+        lse = scores.logsumexp(-1)
+        weights = (scores - lse[..., None]).exp_()
+        mass = block_mass(weights)
+        if self.record and not unconditional:
+            self.mass.append(mass.half())
+            self.lse.append(lse)
+        elif self.record:
+            other = self.mass[step * self.layers + position - self.layers]
+            self.unconditional_overlap.append(
+                overlap(top_blocks(mass, KEEP), top_blocks(other, KEEP)).mean().item()
+            )
+        if sparse:
+            kept = top_blocks(mass, self.density)
+            mask = kept.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)
+            weights *= mask[..., : weights.shape[-2], : weights.shape[-1]]
+            weights /= weights.sum(-1, keepdim=True)
+        return (weights.to(v.dtype) @ v).transpose(1, 2)
+
+
+def block_mass(weights: Tensor) -> Tensor:
+    """`[B, H, S, S]` softmax weights to `[B, H, N, N]`; rows sum to one (ragged last block included)."""
+    pad = -weights.shape[-1] % BLOCK
+    w = F.pad(weights, (0, pad, 0, pad)) if pad else weights
+    b, h, s, _ = w.shape
+    mass = w.view(b, h, s // BLOCK, BLOCK, s // BLOCK, BLOCK).sum((3, 5))
+    return mass / mass.sum(-1, keepdim=True)
+
+
+def top_blocks(mass: Tensor, density: float) -> Tensor:
+    """Bool mask of the heaviest `density` of each row, at least one block."""
+    n = mass.shape[-1]
+    index = mass.topk(max(1, round(density * n)), dim=-1).indices
+    return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, index, True)
+
+
+def overlap(a: Tensor, b: Tensor) -> Tensor:
+    """Share of the blocks of `a` that are in `b`, over the last two dimensions."""
+    return (a & b).float().sum((-1, -2)) / a.float().sum((-1, -2))
+
+
+def density_for(mass: Tensor, share: float) -> Tensor:
+    """Smallest part of each row's blocks that carries `share` of its mass, averaged over rows."""
+    cumulative = mass.float().sort(-1, descending=True).values.cumsum(-1)
+    return ((cumulative < share).sum(-1) + 1).clamp(max=mass.shape[-1]).float().mean(
+        -1
+    ) / mass.shape[-1]
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity per clip of `[B, 3, F, H, W]` in [-1, 1]; 11-pixel Gaussian window on luminance."""
+    x, y = ((v.clamp(-1, 1) + 1).div(2).mean(1).flatten(0, 1)[:, None] for v in (a, b))
+    g = torch.exp(-((torch.arange(11) - 5.0) ** 2) / (2 * 1.5**2))
+    window = (g[:, None] * g / g.sum() ** 2)[None, None].to(x)
+
+    def blur(v: Tensor) -> Tensor:
+        return F.conv2d(v, window)
+
+    mx, my = blur(x), blur(y)
+    vx, vy, c = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    value = ((2 * mx * my + 1e-4) * (2 * c + 9e-4)) / (
+        (mx * mx + my * my + 1e-4) * (vx + vy + 9e-4)
+    )
+    return value.mean((1, 2, 3)).view(len(a), -1).mean(1)
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Decibels per clip of values in [-1, 1]."""
+    return 10 * torch.log10(4 / (a - b).square().flatten(1).mean(1).clamp_min(1e-10))
+
+
+def patterns(probe: Probe, steps: int) -> dict:
+    """Everything that follows from the recorded block masses and LSEs."""
+    mass = torch.stack(probe.mass).unflatten(0, (steps, probe.layers))  # [T, L, B, H, N, N]
+    lse = torch.stack(probe.lse).unflatten(0, (steps, probe.layers))
+    kept = top_blocks(mass, KEEP)
+    result: dict = {"blocks": mass.shape[-1], "heads": mass.shape[3], "keep": KEEP}
+    lags = range(1, steps // 2 + 1)
+    by_lag = {d: overlap(kept[:-d], kept[d:]) for d in lags}
+    result["overlap_by_step_distance"] = {
+        d: {"mean": v.mean().item(), "worst_head": v.mean((0, 2)).min().item()}
+        for d, v in by_lag.items()
+    }
+    result["overlap_from_dense_prefix_to_end"] = (
+        overlap(kept[int(DENSE_FRACTION * steps)], kept[-1]).mean().item()
+    )
+    result["overlap_conditional_unconditional"] = sum(probe.unconditional_overlap) / len(
+        probe.unconditional_overlap
+    )
+    result["density_for_mass"] = {}
+    for share in MASSES:
+        per_head = density_for(mass, share).mean(2)  # [T, L, H]
+        result["density_for_mass"][f"{share:g}"] = {
+            "mean": per_head.mean().item(),
+            "sparsest_head": per_head.mean(0).min().item(),
+            "densest_head": per_head.mean(0).max().item(),
+            "by_step": per_head.mean((1, 2)).tolist(),
+            "by_layer_and_head": per_head.mean(0).tolist(),
+        }
+    drift = {d: (lse[d:] - lse[:-d]).abs() for d in lags if d <= 5}
+    result["lse_drift_nats"] = {
+        d: {
+            "mean": v.mean().item(),
+            "p99": v.flatten()[:: max(1, v.numel() // 1_000_000)].quantile(0.99).item(),
+        }
+        for d, v in drift.items()
+    }
+    result["lse_drift_by_step"] = (lse[1:] - lse[:-1]).abs().mean((1, 2, 3, 4)).tolist()
+    return result
+
+
+def similarity(probe: Probe, prompts: int, seeds: int) -> dict[str, float]:
+    """Overlap of masks at the same layer, head and step: other seed, other prompt.  Batch is prompts x seeds."""
+    kept = top_blocks(torch.stack(probe.mass), KEEP).unflatten(
+        1, (prompts, seeds)
+    )  # [TL, P, S, H, N, N]
+    return {
+        "other_seed": overlap(kept[:, :, 0], kept[:, :, 1]).mean().item(),
+        "other_prompt": overlap(kept[:, :-1, 0], kept[:, 1:, 0]).mean().item(),
+        "by_chance": KEEP,
+    }
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Run the model dense, recording, and then sparse at every density."""
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    pipe = load_folder(args.weights, args.model, torch_dtype=dtype, device=device)
+    pipe.vae.to(torch.float32)
+    layers, steps = len(pipe.transformer.blocks), args.steps
+    call = {
+        "height": args.size,
+        "width": args.size,
+        "num_frames": args.frames,
+        "num_inference_steps": steps,
+    }
+    _, prompts = exam(args.prompts)
+    twice = [p for p in prompts for _ in range(2)]  # each prompt with two seeds
+
+    def run(probe: Probe) -> Tensor:
+        with intercepted(probe):
+            return generate(pipe, twice, batch=len(twice), **call)
+
+    recorder = Probe(layers, record=True)
+    dense = run(recorder)
+    result = {
+        "model": args.model,
+        "call": {**CALL, **call},
+        "prompts": prompts,
+        "seeds_per_prompt": 2,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "dtype": str(dtype),
+        "block": BLOCK,
+        **patterns(recorder, steps),
+        "similarity": similarity(recorder, args.prompts, 2),
+        "oracle": {},
+    }
+    del recorder
+    dense_steps = round(DENSE_FRACTION * steps)
+    for density in args.densities:
+        video = run(Probe(layers, dense_steps=dense_steps, density=density))
+        p, s = psnr(video, dense), ssim(video, dense)
+        result["oracle"][f"{density:g}"] = {
+            "dense_steps": dense_steps, "clips": len(p),
+            "psnr": p.mean().item(), "psnr_min": p.min().item(), "psnr_std": p.std().item(),
+            "ssim": s.mean().item(), "ssim_min": s.min().item(),
+        }  # fmt: skip
+        print(
+            f"density {density:g}: PSNR {p.mean():.1f} dB ({p.min():.1f} to {p.max():.1f}), SSIM {s.mean():.3f}",
+            flush=True,
+        )
+    return result
+
+
+def plot(result: dict, path: Path) -> None:
+    """Six panels, one picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8))
+    (a, b, c), (d, e, f) = axes
+    lag = result["overlap_by_step_distance"]
+    x = [int(k) for k in lag]
+    a.plot(x, [v["mean"] for v in lag.values()], "o-", label="mean")
+    a.plot(x, [v["worst_head"] for v in lag.values()], "o--", label="worst head")
+    for name, value in result["similarity"].items():
+        a.axhline(
+            value,
+            ls=":",
+            label=name.replace("_", " "),
+            color={"other_seed": "C2", "other_prompt": "C3"}.get(name, "grey"),
+        )
+    a.set(
+        title=f"Mask overlap (top {result['keep']:.0%} of blocks)",
+        xlabel="denoising steps apart",
+        ylim=(0, 1),
+    )
+    a.legend()
+    for share, v in result["density_for_mass"].items():
+        b.plot(v["by_step"], label=f"{float(share):.0%} of the mass")
+        c.plot(
+            sorted(x for row in v["by_layer_and_head"] for x in row),
+            label=f"{float(share):.0%} of the mass",
+        )
+    b.set(title="Density needed over steps", xlabel="step", ylim=(0, 1))
+    c.set(title="Density needed, heads sorted", xlabel="head", ylim=(0, 1))
+    b.legend()
+    c.legend()
+    table = result["density_for_mass"]["0.95"]["by_layer_and_head"]
+    image = d.imshow(torch.tensor(table), vmin=0, vmax=1, aspect="auto")
+    d.set(title="Density for 95 % of the mass", xlabel="head", ylabel="layer")
+    figure.colorbar(image, ax=d)
+    e.plot(range(1, 1 + len(result["lse_drift_by_step"])), result["lse_drift_by_step"], "o-")
+    e.set(title="Mean change of the LSE from the step before", xlabel="step", ylabel="nats")
+    oracle = result["oracle"]
+    f.plot([float(k) for k in oracle], [v["psnr"] for v in oracle.values()], "o-", label="mean")
+    f.plot(
+        [float(k) for k in oracle],
+        [v["psnr_min"] for v in oracle.values()],
+        "o--",
+        label="worst clip",
+    )
+    f.set(
+        title="Oracle top-k, first 20 % of steps dense",
+        xlabel="density of the other steps",
+        ylabel="PSNR to dense, dB",
+    )
+    f.legend()
+    figure.suptitle(
+        f"{result['model']}: {result['call']['num_frames']} frames of {result['call']['width']} px, {result['block']}-token blocks"
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=70)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=("tiny-wan",), default="tiny-wan")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=CALL["num_inference_steps"])
+    parser.add_argument("--frames", type=int, default=CALL["num_frames"])
+    parser.add_argument("--size", type=int, default=CALL["width"])
+    parser.add_argument("--densities", type=float, nargs="*", default=DENSITIES)
+    parser.add_argument("--tag", default="", help="appended to the file names")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    result = measure(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = f"{args.model}-premises{args.tag}"
+    (args.out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+    if result["oracle"]:
+        plot(result, args.out / f"{stem}.png")
+
+
+if __name__ == "__main__":
+    main()
