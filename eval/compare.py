@@ -34,7 +34,7 @@ class Request:
     frames: int | None = None
     seed: int = 0
 
-    def arguments(self, pipe: object) -> dict[str, object]:
+    def arguments(self) -> dict[str, object]:
         """Keyword arguments of the pipeline's call."""
         named = {
             "negative_prompt": self.negative_prompt,
@@ -53,7 +53,7 @@ class Request:
 class Timed:
     """A clip and the seconds it took."""
 
-    video: Tensor                   # float32 [F, H, W, 3] in [0, 1]
+    video: Tensor  # float32 [F, H, W, 3] in [0, 1]
     total_seconds: float
     denoiser_seconds: float
 
@@ -107,13 +107,21 @@ class Comparison:
 
 def timed_generate(pipe: object, request: Request) -> Timed:
     """Run the pipeline once."""
-    models = [m for m in (getattr(pipe, n, None) for n in ("transformer", "transformer_2")) if isinstance(m, nn.Module)]
+    models = [
+        m
+        for m in (getattr(pipe, n, None) for n in ("transformer", "transformer_2"))
+        if isinstance(m, nn.Module)
+    ]
     clock = _DenoiserClock()
-    hooks = [h for m in models for h in (m.register_forward_pre_hook(clock.start), m.register_forward_hook(clock.stop))]
+    hooks = [
+        h
+        for m in models
+        for h in (m.register_forward_pre_hook(clock.start), m.register_forward_hook(clock.stop))
+    ]
     try:
         _synchronize()
         started = time.perf_counter()
-        frames = pipe(**request.arguments(pipe)).frames
+        frames = pipe(**request.arguments()).frames
         _synchronize()
         total = time.perf_counter() - started
     finally:
@@ -140,8 +148,7 @@ def compare(
     _warm_up(pipe, request)
     dense = timed_generate(pipe, request)
     with sparsediff.enable(pipe, method, schedule=schedule, **method_params) as handle:
-        if torch.cuda.is_available():
-            _warm_up(pipe, request)              # the first sparse call compiles kernels
+        _warm_up(pipe, request, handle)  # the first sparse call compiles kernels
         sparse = timed_generate(pipe, request)
         report = handle.report()
     comparison = Comparison(
@@ -160,7 +167,9 @@ def compare(
     return comparison, dense.video, sparse.video
 
 
-def save_comparison(folder: Path, comparison: Comparison, dense: Tensor, sparse: Tensor, *, fps: int) -> list[Path]:
+def save_comparison(
+    folder: Path, comparison: Comparison, dense: Tensor, sparse: Tensor, *, fps: int
+) -> list[Path]:
     """Write both clips, the clips side by side, a sheet of frames and the figures; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     psnr = comparison.fidelity.psnr
@@ -170,7 +179,10 @@ def save_comparison(folder: Path, comparison: Comparison, dense: Tensor, sparse:
         "difference x4": ((sparse - dense).abs() * 4).clamp(0, 1),
     }
     scale = max(1, 256 // dense.shape[1])
-    files = [folder / name for name in ("dense.mp4", "sparse.mp4", "side_by_side.mp4", "frames.png", "comparison.json")]
+    files = [
+        folder / name
+        for name in ("dense.mp4", "sparse.mp4", "side_by_side.mp4", "frames.png", "comparison.json")
+    ]
     write_mp4(files[0], dense, fps)
     write_mp4(files[1], sparse, fps)
     write_mp4(files[2], side_by_side(clips, scale=scale), fps)
@@ -208,12 +220,17 @@ class _DenoiserClock:
         self.seconds += time.perf_counter() - self._started
 
 
-def _warm_up(pipe: object, request: Request) -> None:
-    """One step whose time nobody counts; without its progress bar."""
+def _warm_up(pipe: object, request: Request, handle: sparsediff.Handle | None = None) -> None:
+    """Steps whose time nobody counts, without a progress bar; at the end of a short run they are sparse."""
     config = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=True)
     try:
-        pipe(**{**dataclasses.replace(request, steps=1).arguments(pipe), "output_type": "latent"})
+        pipe(
+            **{
+                **dataclasses.replace(request, steps=1 if handle is None else 2).arguments(),
+                "output_type": "latent",
+            }
+        )
     finally:
         if config is None:
             del pipe._progress_bar_config
@@ -231,7 +248,10 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _finite(x):

@@ -19,12 +19,15 @@ def check_writable(path: Path) -> None:
     Raises:
         OSError: if not; the message says which path.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file")
     existed = path.exists()
-    with path.open("ab"):
-        pass
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({error.strerror}); choose another --out") from None
     if not existed:
         path.unlink()
 
@@ -46,8 +49,12 @@ def write_mp4(path: str | Path, video: Tensor, fps: int) -> None:
     path = Path(path)
     pixels = (video.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     # H.264 with 4:2:0 colour needs even sizes.
-    pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge")
-    iio.imwrite(path, pixels, plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=1, quality=9)
+    pixels = np.pad(
+        pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge"
+    )
+    iio.imwrite(
+        path, pixels, plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=1, quality=9
+    )
 
 
 def side_by_side(videos: dict[str, Tensor], *, scale: int = 1) -> Tensor:
@@ -58,7 +65,9 @@ def side_by_side(videos: dict[str, Tensor], *, scale: int = 1) -> Tensor:
     frames, height, width, _ = next(iter(shapes))
     width, height = width * scale, height * scale
     caption = 22
-    canvas = Image.new("RGB", (MARGIN + (width + MARGIN) * len(videos), height + caption + MARGIN), PAPER)
+    canvas = Image.new(
+        "RGB", (MARGIN + (width + MARGIN) * len(videos), height + caption + MARGIN), PAPER
+    )
     draw = ImageDraw.Draw(canvas)
     for i, name in enumerate(videos):
         draw.text((MARGIN + i * (width + MARGIN), 5), name, fill=INK, font=_font(13))
@@ -71,7 +80,9 @@ def side_by_side(videos: dict[str, Tensor], *, scale: int = 1) -> Tensor:
     return out
 
 
-def contact_sheet(videos: dict[str, Tensor], *, title: str = "", columns: int = 6, scale: int = 1) -> Image.Image:
+def contact_sheet(
+    videos: dict[str, Tensor], *, title: str = "", columns: int = 6, scale: int = 1
+) -> Image.Image:
     """A row of evenly spaced frames for every video, with its name above."""
     rows = []
     for name, video in videos.items():

@@ -21,7 +21,7 @@ from sparsediff.report import RunReport
 from sparsediff.schedule import Schedule
 from sparsediff.state import RunState
 
-COMPONENTS = ("transformer", "transformer_2")          # Wan 2.2 has two experts
+COMPONENTS = ("transformer", "transformer_2")  # Wan 2.2 has two experts
 
 # Which handle an enabled transformer belongs to: enabling again, or through another pipeline, replaces it.
 _HANDLES: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
@@ -104,7 +104,7 @@ class Handle:
     ) -> None:
         self.method = method
         self.schedule = schedule
-        self.unsupported: dict[str, str] = {}             # what runs stock, and why (on_unsupported="dense")
+        self.unsupported: dict[str, str] = {}  # what runs stock, and why (on_unsupported="dense")
         self.states: list[RunState] = []
         self._recorder = Recorder(method=str(method), schedule=str(schedule))
         self._clock = Clock(pipe)
@@ -155,16 +155,20 @@ class Handle:
         self.disable()
 
     def __repr__(self) -> str:
-        return f"<sparsediff.Handle {self.method.name}, {'enabled' if self.enabled else 'disabled'}>"
+        return (
+            f"<sparsediff.Handle {self.method.name}, {'enabled' if self.enabled else 'disabled'}>"
+        )
 
     # -- patching -------------------------------------------------------------------------------------------------
 
-    def _check(self, transformers: dict[str, nn.Module], on_unsupported: str) -> dict[str, nn.Module]:
+    def _check(
+        self, transformers: dict[str, nn.Module], on_unsupported: str
+    ) -> dict[str, nn.Module]:
         """The transformers that can run sparse."""
         supported = {}
         for name, model in transformers.items():
             try:
-                _check_transformer(name, model, self.method)
+                _check_transformer(name, model)
             except ValueError as error:
                 if on_unsupported == "raise":
                     raise
@@ -188,7 +192,9 @@ class Handle:
             wrapper = wrap_processor(module.processor, state.key, index)
             state.wrappers.append(wrapper)
             module.processor = wrapper
-            self._undo.append(lambda module=module, wrapper=wrapper: _restore_processor(module, wrapper))
+            self._undo.append(
+                lambda module=module, wrapper=wrapper: _restore_processor(module, wrapper)
+            )
 
         # nn.Module hooks survive offloading, which silently drops wrappers of `forward`; run eagerly, they are not
         # replayed one call late by Dynamo.
@@ -222,17 +228,17 @@ def _transformers(target: object) -> tuple[object | None, dict[str, nn.Module]]:
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
-    return getattr(model, "_orig_mod", model)              # torch.compile(model) wraps
+    return getattr(model, "_orig_mod", model)  # torch.compile(model) wraps
 
 
-def _check_transformer(name: str, model: nn.Module, method: Method) -> None:
+def _check_transformer(name: str, model: nn.Module) -> None:
     adapter = adapter_for(model)
     layers = adapter.attention_layers(model)
     if not layers:
         raise ValueError(f"{name} has no attention layer that could run sparse")
     for layer, module in layers:
         stock = module.processor
-        if isinstance(stock, SparseProcessor):             # enabled before: look at what will be restored
+        if isinstance(stock, SparseProcessor):  # enabled before: look at what will be restored
             stock = stock.stock
         if type(stock).__name__ not in adapter.processors:
             raise ValueError(
@@ -242,7 +248,11 @@ def _check_transformer(name: str, model: nn.Module, method: Method) -> None:
         if getattr(stock, "_parallel_config", None) is not None:
             raise ValueError(f"{name} runs with context parallelism, which is not supported yet")
     parameter = next(model.parameters())
-    dtype = parameter.dtype if parameter.dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.bfloat16
+    dtype = (
+        parameter.dtype
+        if parameter.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        else torch.bfloat16
+    )
     head_dim = adapter.head_dim(model)
     select_backend(parameter.device, dtype, head_dim, (128, 128))
 

@@ -65,7 +65,9 @@ class BlockMask:
     ) -> BlockMask:
         """Compress `keep` (`bool [B|1, H|1, Mq, Nk]`).  No host synchronisation."""
         if keep.ndim != 4 or keep.dtype != torch.bool:
-            raise TypeError(f"keep must be bool [B, H, Mq, Nk], got {keep.dtype} {list(keep.shape)}")
+            raise TypeError(
+                f"keep must be bool [B, H, Mq, Nk], got {keep.dtype} {list(keep.shape)}"
+            )
         blocks = _num_blocks(seq_lengths, block_size)
         if tuple(keep.shape[2:]) != blocks:
             raise ValueError(
@@ -105,12 +107,16 @@ class BlockMask:
         Raises:
             ValueError: if it has partial blocks with an element-wise `mask_mod`, which a block mask cannot express.
         """
-        if mask.full_kv_num_blocks is None:
-            lists = mask.kv_num_blocks, mask.kv_indices
-        elif not mask.kv_num_blocks.any():
+        from torch.nn.attention.flex_attention import noop_mask
+
+        if mask.full_kv_num_blocks is not None and not mask.kv_num_blocks.any():
             lists = mask.full_kv_num_blocks, mask.full_kv_indices
+        elif mask.full_kv_num_blocks is None and mask.mask_mod is noop_mask:
+            lists = mask.kv_num_blocks, mask.kv_indices
         else:
-            raise ValueError("this FlexAttention mask masks inside blocks; only whole blocks can be taken over")
+            raise ValueError(
+                "this FlexAttention mask masks inside blocks; only whole blocks can be taken over"
+            )
         counts, indices = (x.to(torch.int32) for x in lists)
         rows = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
         keep = torch.zeros(indices.shape, dtype=torch.bool, device=indices.device)
@@ -137,17 +143,25 @@ class BlockMask:
         return pack_bits(self.to_dense())
 
     def to_flex(self) -> FlexBlockMask:
-        """The same mask for `torch.nn.attention.flex_attention`.
+        """The same mask for `torch.nn.attention.flex_attention`, as whole ("full") blocks.
 
-        FlexAttention reads a ragged last block whole, so its caller must still mask keys past the length when it
-        pads; with unpadded tensors nothing more is needed.
+        It also carries an element-wise `mask_mod`, because FlexAttention looks at nothing else when not compiled.
         """
         from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
+        keep, (bq, bk) = self.to_dense(), self.block_size
+        batch, heads = keep.shape[:2]
+
+        def mask_mod(b, h, q, k):
+            return keep[b % batch, h % heads, q // bq, k // bk]
+
         return FlexBlockMask.from_kv_blocks(
+            torch.zeros_like(self.kv_num_blocks),
+            torch.zeros_like(self.kv_indices),
             self.kv_num_blocks,
             self.kv_indices,
             BLOCK_SIZE=self.block_size,
+            mask_mod=mask_mod,
             seq_lengths=self.seq_lengths,
         )
 
@@ -175,7 +189,10 @@ class BlockMask:
     def to(self, device: torch.device | str) -> BlockMask:
         """The same mask on another device."""
         return BlockMask(
-            self.kv_num_blocks.to(device), self.kv_indices.to(device), self.block_size, self.seq_lengths
+            self.kv_num_blocks.to(device),
+            self.kv_indices.to(device),
+            self.block_size,
+            self.seq_lengths,
         )
 
     # -- algebra --------------------------------------------------------------------------------------------------
@@ -194,7 +211,9 @@ class BlockMask:
                 f"masks differ: blocks {self.block_size} over {self.seq_lengths} against "
                 f"{other.block_size} over {other.seq_lengths}; coarsen() or refine() one of them first"
             )
-        return self.from_dense(op(self.to_dense(), other.to_dense()), self.block_size, self.seq_lengths)
+        return self.from_dense(
+            op(self.to_dense(), other.to_dense()), self.block_size, self.seq_lengths
+        )
 
     def coarsen(self, query: int, key: int) -> BlockMask:
         """Merge `query x key` blocks into one, kept if any of them was: never drops what was kept."""
@@ -260,7 +279,9 @@ def forced_blocks(
 
 
 def block_areas(
-    block_size: tuple[int, int], seq_lengths: tuple[int, int], device: torch.device | str | None = None
+    block_size: tuple[int, int],
+    seq_lengths: tuple[int, int],
+    device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens in each query block and in each key block (`float32 [Mq]`, `[Nk]`); only the last may be short."""
     sizes = []
@@ -286,7 +307,9 @@ def pack_bits(keep: Tensor) -> Tensor:
 def unpack_bits(bitmap: Tensor, length: int) -> Tensor:
     """The inverse of `pack_bits` for `length` bits."""
     if -(-length // 8) != bitmap.shape[-1]:
-        raise ValueError(f"{length} bits take {-(-length // 8)} bytes a row, got {bitmap.shape[-1]}")
+        raise ValueError(
+            f"{length} bits take {-(-length // 8)} bytes a row, got {bitmap.shape[-1]}"
+        )
     shifts = torch.arange(8, device=bitmap.device, dtype=torch.uint8)
     bits = (bitmap[..., None] >> shifts) & 1
     return bits.flatten(-2)[..., :length].bool()

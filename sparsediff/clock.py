@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NUM_TRAIN_TIMESTEPS = 1000          # what a transformer's timestep argument counts to where no scheduler says otherwise
+NUM_TRAIN_TIMESTEPS = (
+    1000  # what a transformer's timestep argument counts to where no scheduler says otherwise
+)
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Clock:
         self._timesteps = getattr(scheduler, "timesteps", None)
         self._levels: list[float] = []
         self._begin = 0
-        self._current: object = None                     # the pipeline's current timestep, by identity
-        self._last_value: float | None = None            # bare transformer only
+        self._current: object = None  # the pipeline's current timestep, by identity
+        self._last_value: float | None = None  # bare transformer only
         self._promised: int | None = None
         self._in_pipeline = False
         self.tick = Tick(-1, 0, None, None)
@@ -60,7 +62,7 @@ class Clock:
                 sigma = self._levels[self._begin + step]
                 self.tick = Tick(self.tick.generation, step, len(self._levels) - self._begin, sigma)
                 return self.tick
-            self._in_pipeline = False                    # the run is over: somebody calls the transformer directly
+            self._in_pipeline = False  # the run is over: somebody calls the transformer directly
             self._last_value = self._promised = None
         self.tick = self._read_bare(timestep)
         return self.tick

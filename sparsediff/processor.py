@@ -76,16 +76,24 @@ def _backend(
             f"the attention backend {BACKEND_NAME!r} is not for set_attention_backend(); call sparsediff.enable(pipe)"
         )
     # The operation has no backward, so calls that need one keep the stock path (RunState counts them).
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    if torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    ):
         return dispatch_attention_fn(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=channel.user_backend
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            backend=channel.user_backend,
         )
     return attend_op(query, key, value, attn_mask, layer, scale, is_causal, enable_gqa)
 
 
-@torch.library.custom_op(
-    "sparsediff::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
-)
+@torch.library.custom_op("sparsediff::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def attend_op(
     query: Tensor,
     key: Tensor,
@@ -98,7 +106,9 @@ def attend_op(
 ) -> Tensor:
     """One attention call, `[B, S, H, D]`; `layer` is `int64 [2]` on the CPU: (run state, layer)."""
     state_key, index = layer.tolist()
-    out = STATES[state_key].attend(index, query, key, value, attn_mask, scale, is_causal, enable_gqa)
+    out = STATES[state_key].attend(
+        index, query, key, value, attn_mask, scale, is_causal, enable_gqa
+    )
     # A custom operation must not return one of its inputs, nor change strides behind the fake's back.
     return out.contiguous()
 
@@ -144,7 +154,9 @@ class SparseProcessor:
     @_parallel_config.setter
     def _parallel_config(self, config) -> None:
         if config is not None:
-            raise ValueError("context parallelism is not supported yet; call sparsediff.disable(pipe) before enabling it")
+            raise ValueError(
+                "context parallelism is not supported yet; call sparsediff.disable(pipe) before enabling it"
+            )
         self.stock._parallel_config = None
 
     def restore(self) -> object:

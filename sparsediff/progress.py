@@ -54,7 +54,9 @@ class _Postfix:
         while self._pending and (self._pending[0][1] is None or self._pending[0][1].query()):
             text = f"density {float(self._pending.popleft()[0]):.2f}"
         if text is not None:
-            on_cpu = all(c.density is None or c.density.device.type == "cpu" for c in recorder.calls)
+            on_cpu = all(
+                c.density is None or c.density.device.type == "cpu" for c in recorder.calls
+            )
             speedup = recorder.estimate_speedup() if on_cpu else None
             if speedup is not None:
                 text += f", ~{speedup:.2f}x so far"

@@ -21,7 +21,7 @@ KEPT_BLOCK_COST = {"cpu": 1.0 / CPU_BREAK_EVEN, "triton": 1.25, "gluon": 1.05}
 class _Call:
     layer: str
     step: int
-    density: Tensor | None           # float32 [H] on the device; None for a dense call
+    density: Tensor | None  # float32 [H] on the device; None for a dense call
     reason: str | None
 
 
@@ -60,7 +60,9 @@ class Recorder:
         self.calls.append(_Call(layer, step, None, reason))
         if warn and reason not in self._warned:
             self._warned.add(reason)
-            warnings.warn(f"sparsediff: attention ran dense: {reason}", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"sparsediff: attention ran dense: {reason}", RuntimeWarning, stacklevel=2
+            )
 
     # -- time -----------------------------------------------------------------------------------------------------
 
@@ -131,7 +133,9 @@ class Recorder:
 
     def step_density(self, step: int) -> Tensor | float | None:
         """Mean density of a step; a tensor on the device if any of its calls was sparse."""
-        values = [c.density.mean() if c.density is not None else 1.0 for c in self.calls if c.step == step]
+        values = [
+            c.density.mean() if c.density is not None else 1.0 for c in self.calls if c.step == step
+        ]
         if not values:
             return None
         tensors = [v for v in values if isinstance(v, Tensor)]

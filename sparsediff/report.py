@@ -13,8 +13,8 @@ class LayerReport:
     """One attention layer over all steps and branches."""
 
     name: str
-    density: float                       # area-weighted, dense calls count 1
-    heads: tuple[float, ...]             # the same, per head
+    density: float  # area-weighted, dense calls count 1
+    heads: tuple[float, ...]  # the same, per head
     calls: int
     dense_calls: int
 
@@ -26,8 +26,8 @@ class StepReport:
     step: int
     sigma: float | None
     density: float
-    dense_share: float                   # share of the calls that ran dense
-    seconds: float | None                # time inside the transformer; None if not measured
+    dense_share: float  # share of the calls that ran dense
+    seconds: float | None  # time inside the transformer; None if not measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,9 @@ class RunReport:
             f"  density   {self.density:.3f} of dense attention over all steps",
         ]
         if self.estimated_speedup is not None:
-            lines.append(f"  speed     about {self.estimated_speedup:.2f}x in the denoiser (estimate)")
+            lines.append(
+                f"  speed     about {self.estimated_speedup:.2f}x in the denoiser (estimate)"
+            )
         for name, why in self.backends.items():
             lines.append(f"  kernel    {name}: {why}")
         dense = sum(self.dense_calls.values())

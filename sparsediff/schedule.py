@@ -30,7 +30,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if isinstance(self.dense_steps, bool) or not isinstance(self.dense_steps, int | float):
-            raise TypeError(f"dense_steps must be a count (int) or a fraction (float), got {self.dense_steps!r}")
+            raise TypeError(
+                f"dense_steps must be a count (int) or a fraction (float), got {self.dense_steps!r}"
+            )
         if isinstance(self.dense_steps, float) and not 0.0 <= self.dense_steps <= 1.0:
             raise ValueError(
                 f"dense_steps as a float is a fraction in [0, 1], got {self.dense_steps}; use an int for a count"
@@ -70,9 +72,9 @@ class Schedule:
             first = int(self.dense_steps)
         if site.step < first:
             return "schedule: first steps"
-        if self.dense_above_sigma is not None and site.sigma is not None:
-            if site.sigma > self.dense_above_sigma:
-                return "schedule: high noise"
+        limit = self.dense_above_sigma
+        if limit is not None and site.sigma is not None and site.sigma > limit:
+            return "schedule: high noise"
         if site.layer < self.dense_layers:
             return "schedule: first layers"
         return None

@@ -33,9 +33,13 @@ from sparsediff.recorder import Recorder
 from sparsediff.schedule import Schedule
 from sparsediff.token_grid import TokenGrid
 
-MAX_BRANCHES = 8               # guidance branches whose masks are kept; more only if contexts go unnamed outside a pipeline
-MIN_BLOCKS = 4                 # a sequence of fewer key blocks leaves nothing to choose
-LIST_CACHE_BYTES = 4 << 20     # index lists are 32 times the bitmap: kept between steps only while they are small
+MAX_BRANCHES = (
+    8  # guidance branches whose masks are kept; more only if contexts go unnamed outside a pipeline
+)
+MIN_BLOCKS = 4  # a sequence of fewer key blocks leaves nothing to choose
+LIST_CACHE_BYTES = (
+    4 << 20
+)  # index lists are 32 times the bitmap: kept between steps only while they are small
 
 _keys = itertools.count()
 
@@ -45,8 +49,8 @@ class _Slot:
     """What one layer remembers in one branch."""
 
     layout: tuple
-    bitmap: Tensor | None = None          # uint8 [B, H, Mq, ceil(Nk / 8)]
-    density: Tensor | None = None         # float32 [H], averaged over the batch
+    bitmap: Tensor | None = None  # uint8 [B, H, Mq, ceil(Nk / 8)]
+    density: Tensor | None = None  # float32 [H], averaged over the batch
     refreshed_at: int | None = None
     lists: BlockMask | None = None
 
@@ -68,7 +72,7 @@ class _Forward:
     tick: Tick
     branch: str
     grid: TokenGrid | None
-    problem: str | None                  # why there is no grid
+    problem: str | None  # why there is no grid
     started: object
 
 
@@ -127,7 +131,9 @@ class RunState:
             for layer in self.layers:
                 self.recorder.dense(layer, tick.step, "gradients are on", warn=True)
         device = next(model.parameters()).device
-        self._forward = _Forward(tick, self._branch(tick), grid, problem, self.recorder.mark(device))
+        self._forward = _Forward(
+            tick, self._branch(tick), grid, problem, self.recorder.mark(device)
+        )
 
     def end_forward(self, model: nn.Module) -> None:
         """The transformer has run."""
@@ -160,7 +166,7 @@ class RunState:
         enable_gqa: bool,
     ) -> Tensor:
         """Attention of layer `index`; `[B, S, H, D]` in and out."""
-        reason, warn = self._dense_reason(index, query, key, attn_mask, is_causal), True
+        reason, warn = self._dense_reason(query, key, attn_mask, is_causal), True
         site = None
         if reason is None:
             site = self._site(index)
@@ -184,7 +190,7 @@ class RunState:
         )
 
     def _dense_reason(
-        self, index: int, query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool
+        self, query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool
     ) -> str | None:
         """Why the method cannot even be asked."""
         forward = self._forward
@@ -218,7 +224,13 @@ class RunState:
         )
 
     def _attend_sparse(
-        self, index: int, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+        self,
+        index: int,
+        site: AttentionSite,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
     ) -> tuple[Tensor | None, str | None]:
         """The output, or why this call is better (or only) done dense."""
         method, grid, tokens = self.method, site.grid, query.shape[1]
@@ -229,22 +241,43 @@ class RunState:
             return None, str(error)
         slot = self._slot(site.branch, index, query, block_size, grid)
         order = method.order(grid)
-        q, k, v = (query, key, value) if order is None else (order.apply(x, grid) for x in (query, key, value))
+        q, k, v = (
+            (query, key, value)
+            if order is None
+            else (order.apply(x, grid) for x in (query, key, value))
+        )
         if method.refreshes(site, slot.refreshed_at):
             keep = method.keep_blocks(q, k, site)
-            mask = slot.store(keep | _forced(grid, block_size, query.device, order is not None), block_size, tokens)
+            mask = slot.store(
+                keep | _forced(grid, block_size, query.device, order is not None),
+                block_size,
+                tokens,
+            )
             slot.refreshed_at = site.step
         else:
             mask = slot.mask(block_size, tokens)
         threshold = method.vote_threshold(site)
         # On the CPU reading the density costs nothing, and above break-even the exact result is also the faster one.
-        if threshold is None and query.device.type == "cpu" and slot.density.mean() > CPU_BREAK_EVEN:
-            return None, f"mask density above {CPU_BREAK_EVEN}, where dense attention is faster on a CPU"
+        if (
+            threshold is None
+            and query.device.type == "cpu"
+            and slot.density.mean() > CPU_BREAK_EVEN
+        ):
+            return (
+                None,
+                f"mask density above {CPU_BREAK_EVEN}, where dense attention is faster on a CPU",
+            )
         density = slot.density
-        result = attend_blocks(q, k, v, mask, scale=scale, vote_threshold=threshold, backend=backend.name)
+        result = attend_blocks(
+            q, k, v, mask, scale=scale, vote_threshold=threshold, backend=backend.name
+        )
         if threshold is not None:
             forced = _forced(grid, block_size, query.device, order is not None)
-            slot.store(unpack_bits(slot.bitmap, mask.num_blocks[1]) & result.vote | forced, block_size, tokens)
+            slot.store(
+                unpack_bits(slot.bitmap, mask.num_blocks[1]) & result.vote | forced,
+                block_size,
+                tokens,
+            )
         self._record(index, site, query, density, backend)
         return (result.out if order is None else order.undo(result.out, grid)), None
 
@@ -263,7 +296,9 @@ class RunState:
             layers[index] = _Slot(layout)
         return layers[index]
 
-    def _record(self, index: int, site: AttentionSite, query: Tensor, density: Tensor, backend) -> None:
+    def _record(
+        self, index: int, site: AttentionSite, query: Tensor, density: Tensor, backend
+    ) -> None:
         recorder = self.recorder
         recorder.sparse(self.layers[index], site.step, density)
         recorder.backends.setdefault(backend.name, backend.reason)
@@ -274,7 +309,12 @@ class RunState:
 
     def state_bytes(self) -> int:
         """Memory held between steps."""
-        slots = (s for layers in self._slots.values() for s in layers if s is not None and s.bitmap is not None)
+        slots = (
+            s
+            for layers in self._slots.values()
+            for s in layers
+            if s is not None and s.bitmap is not None
+        )
         return sum(s.bitmap.nbytes + (s.lists.kv_indices.nbytes if s.lists else 0) for s in slots)
 
 
@@ -284,7 +324,9 @@ def _backend_for(device: str, dtype: torch.dtype, head_dim: int, block_size: tup
 
 
 @functools.lru_cache(maxsize=32)
-def _forced(grid: TokenGrid, block_size: tuple[int, int], device: torch.device, reordered: bool) -> Tensor:
+def _forced(
+    grid: TokenGrid, block_size: tuple[int, int], device: torch.device, reordered: bool
+) -> Tensor:
     return forced_blocks(grid, block_size, device=device, reordered=reordered)
 
 
@@ -292,7 +334,10 @@ def _linear_weights(model: nn.Module) -> int:
     """Weights that every token meets: the linear layers inside the model's lists of blocks."""
     blocks = (m for m in model.children() if isinstance(m, nn.ModuleList))
     return sum(
-        m.in_features * m.out_features for b in blocks for m in b.modules() if isinstance(m, nn.Linear)
+        m.in_features * m.out_features
+        for b in blocks
+        for m in b.modules()
+        if isinstance(m, nn.Linear)
     )
 
 

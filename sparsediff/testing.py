@@ -36,7 +36,6 @@ def random_wan_pipeline(variant: str = "t2v", *, layers: int = 2, seed: int = 0)
         seed: of the weights.
     """
     import diffusers
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
     with _seeded(seed):
         parts = {
@@ -59,6 +58,8 @@ def random_wan_pipeline(variant: str = "t2v", *, layers: int = 2, seed: int = 0)
                 transformer=_wan_transformer(layers), expand_timesteps=True, **parts
             )
         if variant == "i2v":
+            from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
             vision = CLIPVisionConfig(
                 hidden_size=4, projection_dim=4, num_hidden_layers=2, num_attention_heads=2,
                 image_size=32, intermediate_size=16, patch_size=1,
@@ -120,7 +121,11 @@ def _wan_vae():
     from diffusers import AutoencoderKLWan
 
     return AutoencoderKLWan(
-        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        base_dim=3,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
     ).eval()
 
 
@@ -147,7 +152,11 @@ def _word_tokenizer():
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=512,
     )
 
 

@@ -35,9 +35,13 @@ class Segment:
         if self.length < 0:
             raise ValueError(f"length must be >= 0, got {self.length}")
         if (self.role == "grid") != (self.shape is not None):
-            raise ValueError("a grid segment needs shape=(frames, height, width); other roles take none")
+            raise ValueError(
+                "a grid segment needs shape=(frames, height, width); other roles take none"
+            )
         if self.shape is not None and math.prod(self.shape) != self.length:
-            raise ValueError(f"grid {self.shape} holds {math.prod(self.shape)} tokens, not {self.length}")
+            raise ValueError(
+                f"grid {self.shape} holds {math.prod(self.shape)} tokens, not {self.length}"
+            )
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,10 @@ class TokenGrid:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def __str__(self) -> str:
-        parts = ("x".join(map(str, s.shape)) if s.shape else f"{s.length} {s.role}" for s in self.segments)
+        parts = (
+            "x".join(map(str, s.shape)) if s.shape else f"{s.length} {s.role}"
+            for s in self.segments
+        )
         return " + ".join(parts)
 
 
@@ -132,7 +139,9 @@ class TokenOrder:
             raise ValueError("windows needs at least one (frames, height, width) entry")
         for window in self.windows:
             if len(window) != 3 or min(window) < 1:
-                raise ValueError(f"a window is three sizes >= 1 (frames, height, width), got {window}")
+                raise ValueError(
+                    f"a window is three sizes >= 1 (frames, height, width), got {window}"
+                )
 
     @classmethod
     def single(cls, frames: int, height: int, width: int) -> TokenOrder:
@@ -185,8 +194,9 @@ def _window_walk(shape: tuple[int, int, int], window: tuple[int, int, int]) -> T
     pieces, row_turn, column_turn = [], False, False
     for f in frames:
         for r in rows[::-1] if row_turn else rows:
-            for c in columns[::-1] if column_turn else columns:
-                pieces.append(tokens[f[0] : f[-1] + 1, r[0] : r[-1] + 1, c[0] : c[-1] + 1].flatten())
+            band = tokens[f[0] : f[-1] + 1, r[0] : r[-1] + 1]
+            walk = columns[::-1] if column_turn else columns
+            pieces.extend(band[..., c[0] : c[-1] + 1].flatten() for c in walk)
             # Where windows and blocks coincide the order of windows is free, so it stays the plain one.
             column_turn = column_turn != (not divides)
         row_turn = row_turn != (not divides)

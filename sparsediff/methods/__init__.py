@@ -32,7 +32,9 @@ def build_method(method: str | Method, **params: object) -> Method:
     if not isinstance(method, str):
         raise TypeError(f"method must be a name or a Method, got {type(method).__name__}")
     if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}{_nearest(method, METHODS)}; known: {', '.join(METHODS)}")
+        raise ValueError(
+            f"unknown method {method!r}{_nearest(method, METHODS)}; known: {', '.join(METHODS)}"
+        )
     cls = METHODS[method]
     known = [f.name for f in fields(cls)]
     for name in params:
@@ -44,5 +46,7 @@ def build_method(method: str | Method, **params: object) -> Method:
 
 
 def _nearest(name: str, known) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = [k for k in known if name and k.startswith(name)] or difflib.get_close_matches(
+        name, list(known), n=1
+    )
     return f" (did you mean {close[0]!r}?)" if close else ""

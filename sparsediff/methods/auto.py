@@ -18,8 +18,8 @@ from sparsediff.methods.base import AttentionSite, Method
 from sparsediff.schedule import Schedule
 from sparsediff.token_grid import TokenGrid, TokenOrder
 
-SHORT_SEQUENCE = 16_384                              # tokens
-WINDOWS = {64: (4, 4, 4), 128: (2, 8, 8)}            # block -> (frames, height, width)
+SHORT_SEQUENCE = 16_384  # tokens
+WINDOWS = {64: (4, 4, 4), 128: (2, 8, 8)}  # block -> (frames, height, width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,9 @@ class Auto(Method):
     """
 
     name: ClassVar[str] = "auto"
-    summary: ClassVar[str] = "the default hybrid: short dense prefix, exact block mass, rare refreshes"
+    summary: ClassVar[str] = (
+        "the default hybrid: short dense prefix, exact block mass, rare refreshes"
+    )
     citation: ClassVar[str] = "this library"
 
     density: float = 0.3
@@ -68,4 +70,3 @@ class Auto(Method):
     def default_schedule(self) -> Schedule:
         """Dense above noise level 0.9."""
         return Schedule(dense_above_sigma=0.9)
-

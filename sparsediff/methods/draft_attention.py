@@ -71,7 +71,7 @@ class DraftAttention(Method):
         block_size = self.block_size(site.grid)
         logits = pooled_scores(query, key, block_size)
         start, stop = site.grid.grid_span
-        visual = -(-(stop - start) // block_size[0])      # `order` has put the grid in front
+        visual = -(-(stop - start) // block_size[0])  # `order` has put the grid in front
         keep = torch.ones_like(logits, dtype=torch.bool)
         draft = logits[..., :visual, :visual].softmax(-1)
         keep[..., :visual, :visual] = head_percentile(

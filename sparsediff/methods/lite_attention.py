@@ -34,7 +34,9 @@ class LiteAttention(Method):
     """
 
     name: ClassVar[str] = "lite_attention"
-    summary: ClassVar[str] = "tiles found negligible at one step are skipped at the next; nothing to calibrate"
+    summary: ClassVar[str] = (
+        "tiles found negligible at one step are skipped at the next; nothing to calibrate"
+    )
     citation: ClassVar[str] = "arXiv:2511.11062"
 
     threshold: float = -10.0

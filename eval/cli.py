@@ -1,0 +1,306 @@
+"""The `sparsediff` command.
+
+Heavy imports happen inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+DEFAULT_MODEL = "tiny-wan"
+# What a user can cause and mend; anything else is our fault and keeps its traceback.
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if not hasattr(arguments, "run"):
+        parser.print_help()
+        return 0
+    try:
+        return arguments.run(arguments) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except USER_ERRORS as error:
+        if arguments.debug:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"sparsediff: error: {text}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and flags."""
+    parser = argparse.ArgumentParser(
+        prog="sparsediff",
+        description="Training-free sparse attention for diffusers pipelines, with a stated error.",
+        epilog="Start with:  sparsediff compare --prompt 'a large red circle moves right'",
+    )
+    parser.add_argument("--version", action=_Version, help="print the version and leave")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    generate = commands.add_parser(
+        "generate",
+        help="generate one clip, sparse",
+        description="Generate one clip with sparse attention and say what was skipped.",
+        formatter_class=_Help,
+    )
+    _add_generation_flags(generate)
+    generate.add_argument(
+        "--out",
+        type=Path,
+        default=Path("sparse.mp4"),
+        metavar="FILE.mp4",
+        help="where the clip goes",
+    )
+    generate.add_argument(
+        "--report", type=Path, metavar="FILE.json", help="also write the report of the run here"
+    )
+    generate.set_defaults(run=_generate)
+
+    compare = commands.add_parser(
+        "compare",
+        help="generate one clip dense and sparse, and say what it cost and gained",
+        description="Generate one clip twice, dense and sparse, with the same prompt and seed; print density, PSNR, "
+        "SSIM and time, and write both clips, the clips side by side, a sheet of frames and the figures as JSON.",
+        formatter_class=_Help,
+    )
+    _add_generation_flags(compare)
+    compare.add_argument(
+        "--out", type=Path, default=Path("out"), metavar="FOLDER", help="where the files go"
+    )
+    compare.set_defaults(run=_compare)
+
+    methods = commands.add_parser("methods", help="list the methods, their parameters and papers")
+    methods.set_defaults(run=_methods)
+
+    doctor = commands.add_parser(
+        "doctor", help="versions, devices, which kernel will run and why, and a short self-test"
+    )
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what to generate")
+    what.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help="a bundled model (tiny-wan; random-wan has random weights), a folder, or a model id for diffusers",
+    )
+    what.add_argument("--prompt", help="what the clip shows; the bundled models have a default")
+    what.add_argument("--negative-prompt", help="what it must not show")
+    what.add_argument("--steps", type=int, help="denoising steps")
+    what.add_argument("--guidance", type=float, help="scale of classifier-free guidance")
+    what.add_argument("--height", type=int, help="pixels")
+    what.add_argument("--width", type=int, help="pixels")
+    what.add_argument("--frames", type=int, help="frames of the clip")
+    what.add_argument("--seed", type=int, default=0, help="of the initial noise")
+    what.add_argument("--fps", type=int, default=16, help="frames a second of the written clip")
+
+    how = parser.add_argument_group("how to attend")
+    how.add_argument("--method", default="auto", help="see `sparsediff methods`")
+    how.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a parameter of the method, e.g. --set density=0.25; may be repeated",
+    )
+    how.add_argument(
+        "--dense-steps",
+        type=_count_or_fraction,
+        metavar="N",
+        help="first steps that stay dense: a count (5) or a fraction (0.2)",
+    )
+    how.add_argument(
+        "--dense-above-sigma",
+        type=float,
+        metavar="S",
+        help="steps above this noise level stay dense",
+    )
+    how.add_argument("--dense-layers", type=int, metavar="N", help="first layers that stay dense")
+
+    where = parser.add_argument_group("where to run")
+    where.add_argument("--device", help="cuda if there is one, else cpu")
+    where.add_argument(
+        "--dtype", help="float32, bfloat16 or float16; bfloat16 on cuda, float32 on cpu"
+    )
+
+
+# -- commands -----------------------------------------------------------------------------------------------------
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from sparsediff.eval.video import check_writable, write_mp4
+
+    _require_suffix(arguments.out, ".mp4")
+    check_writable(arguments.out)
+    if arguments.report is not None:
+        check_writable(arguments.report)
+    method, schedule = _method(arguments), _schedule(arguments)
+    _quiet_libraries()
+    import sparsediff
+    from sparsediff.eval.compare import timed_generate
+
+    pipe, request = _pipeline_and_request(arguments)
+    _warn_if_random(arguments.model)
+    with sparsediff.enable(pipe, method, schedule=schedule) as handle:
+        timed = timed_generate(pipe, request)
+        write_mp4(arguments.out, timed.video, arguments.fps)
+        print(handle.summary())
+        if arguments.report is not None:
+            arguments.report.write_text(handle.report().to_json())
+    print(f"\n{arguments.out}  {len(timed.video)} frames in {timed.total_seconds:.1f} s")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from sparsediff.eval.video import check_writable
+
+    check_writable(arguments.out / "comparison.json")
+    method, schedule = _method(arguments), _schedule(arguments)
+    _quiet_libraries()
+    from sparsediff.eval.compare import compare, save_comparison
+
+    pipe, request = _pipeline_and_request(arguments)
+    _warn_if_random(arguments.model)
+    comparison, dense, sparse = compare(
+        pipe, request, method, schedule=schedule, model=arguments.model
+    )
+    files = save_comparison(arguments.out, comparison, dense, sparse, fps=arguments.fps)
+    print(f"\n{comparison.report}\n\n{comparison}\n")
+    for file in files:
+        print(f"  {file}")
+
+
+def _methods(arguments: argparse.Namespace) -> None:
+    from sparsediff.methods import METHODS
+
+    for name, cls in METHODS.items():
+        print(f"{name}  ({cls.citation})\n    {cls.summary}")
+        for field in dataclasses.fields(cls):
+            print(f"      --set {field.name}={field.default!r}")
+        print(
+            f"      default schedule: {_non_default(cls().default_schedule()) or 'no dense steps or layers'}\n"
+        )
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from sparsediff.eval.doctor import diagnose
+
+    return diagnose()
+
+
+# -- from flags to objects ----------------------------------------------------------------------------------------
+
+
+def _method(arguments: argparse.Namespace):
+    from sparsediff.methods import build_method
+
+    params = {}
+    for item in arguments.set:
+        name, sign, text = item.partition("=")
+        if not sign:
+            raise ValueError(f"--set takes NAME=VALUE, got {item!r}")
+        try:
+            params[name.strip().replace("-", "_")] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            params[name.strip().replace("-", "_")] = text
+    return build_method(arguments.method, **params)
+
+
+def _schedule(arguments: argparse.Namespace):
+    from sparsediff.schedule import Schedule
+
+    flags = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Schedule)}
+    given = {name: value for name, value in flags.items() if value is not None}
+    return Schedule(**given) if given else None
+
+
+def _pipeline_and_request(arguments: argparse.Namespace):
+    from sparsediff.eval.compare import Request
+    from sparsediff.eval.models import check_name, default_request, load_pipeline
+
+    check_name(arguments.model)
+    given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Request)}
+    for name in ("steps", "height", "width", "frames"):
+        if given[name] is not None and given[name] < 1:
+            raise ValueError(f"--{name} must be at least 1, got {given[name]}")
+    defaults = default_request(arguments.model)
+    if given["prompt"] is None and "prompt" not in defaults:
+        raise ValueError(f"{arguments.model} needs a --prompt")
+    request = Request(**{**defaults, **{k: v for k, v in given.items() if v is not None}})
+    pipe = load_pipeline(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    return pipe, request
+
+
+def _warn_if_random(model: str) -> None:
+    from sparsediff.eval.models import RANDOM
+
+    if model == RANDOM:
+        print(
+            "random-wan has random weights: its clips show that everything runs, and nothing about quality\n"
+        )
+
+
+def _count_or_fraction(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _require_suffix(path: Path, suffix: str) -> None:
+    if path.suffix != suffix:
+        raise ValueError(f"--out must end in {suffix}, got {path}")
+
+
+def _non_default(record: object) -> str:
+    changed = [
+        f"{f.name}={getattr(record, f.name)!r}"
+        for f in dataclasses.fields(record)
+        if getattr(record, f.name) != f.default
+    ]
+    return ", ".join(changed)
+
+
+def _quiet_libraries() -> None:
+    """Loading bars and notices of other libraries would bury the one bar that matters."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings, dest, help=None):
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        import sparsediff
+
+        print(f"sparsediff {sparsediff.__version__}")
+        parser.exit()
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        # "(default: None)" says nothing.
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Steps and generations, for every kind of scheduler that diffusers has."""
+
+import diffusers
+import pytest
+import torch
+
+from sparsediff.clock import Clock
+
+SCHEDULERS = {
+    "flow euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "flow unipc": lambda: diffusers.UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    ),
+    "heun": lambda: diffusers.HeunDiscreteScheduler(),
+    "ddim": lambda: diffusers.DDIMScheduler(),  # has no step_index
+    "lcm": lambda: diffusers.LCMScheduler(),
+}
+
+
+class Pipe:
+    """What a clock reads of a pipeline."""
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+        self._current_timestep = None
+
+    def run(self, clock, steps, *, branches=2, stop_after=None):
+        ticks = []
+        self.scheduler.set_timesteps(steps)
+        x = torch.zeros(1, 4, 2, 2)
+        for i, t in enumerate(self.scheduler.timesteps):
+            if i == stop_after:
+                return ticks
+            self._current_timestep = t
+            ticks += [clock.read(t, None) for _ in range(branches)]
+            x = self.scheduler.step(torch.zeros_like(x), t, x, return_dict=False)[0]
+        self._current_timestep = None
+        return ticks
+
+
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # diffusers' Heun under numpy 2
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("branches", [1, 2, 3])
+def test_steps_are_counted_per_evaluation_and_generations_per_run(name, branches):
+    pipe = Pipe(SCHEDULERS[name]())
+    clock = Clock(pipe)
+    for run in range(3):
+        ticks = pipe.run(clock, 5, branches=branches, stop_after=2 if run == 1 else None)
+        timesteps = pipe.scheduler.timesteps.tolist()
+        steps = range(2) if run == 1 else range(len(timesteps))
+        assert [t.step for t in ticks] == [s for s in steps for _ in range(branches)]
+        assert {t.generation for t in ticks} == {run}
+        assert {t.num_steps for t in ticks} == {len(timesteps)}
+        assert [t.sigma for t in ticks] == pytest.approx(
+            [timesteps[s] / 1000 for s in steps for _ in range(branches)]
+        )
+
+
+def test_a_run_that_starts_in_the_middle_counts_from_there():
+    """Video-to-video with strength < 1 skips the first timesteps."""
+    pipe = Pipe(SCHEDULERS["flow euler"]())
+    clock = Clock(pipe)
+    scheduler = pipe.scheduler
+    scheduler.set_timesteps(10)
+    scheduler.set_begin_index(6)
+    ticks, x = [], torch.zeros(1, 4, 2, 2)
+    for t in scheduler.timesteps[6:]:
+        ticks.append(clock.read(t, None))
+        x = scheduler.step(torch.zeros_like(x), t, x, return_dict=False)[0]
+    assert [t.step for t in ticks] == [0, 1, 2, 3]
+    assert ticks[0].num_steps == 4
+    assert ticks[0].sigma == pytest.approx(scheduler.timesteps[6].item() / 1000)
+
+
+def test_a_bare_transformer_is_followed_by_its_timesteps():
+    clock = Clock(None)
+    ticks = [
+        clock.read(torch.tensor([t]), None) for t in (900.0, 900.0, 500.0, 100.0, 100.0, 900.0)
+    ]
+    assert [t.step for t in ticks] == [0, 0, 1, 2, 2, 0]
+    assert [t.generation for t in ticks] == [0, 0, 0, 0, 0, 1]
+    assert ticks[0].num_steps is None
+    clock.begin_generation(4)
+    tick = clock.read(torch.tensor([100.0]), None)
+    assert (tick.generation, tick.step, tick.num_steps) == (2, 0, 4)
+
+
+def test_calls_after_a_run_are_not_taken_for_its_next_step():
+    pipe = Pipe(SCHEDULERS["flow euler"]())
+    clock = Clock(pipe)
+    pipe.run(clock, 3)
+    first, second = (clock.read(torch.tensor([t]), None) for t in (400.0, 300.0))
+    assert (first.step, second.step) == (0, 1)
+    assert first.sigma == pytest.approx(0.4)
+    assert pipe.run(clock, 3)[0].step == 0

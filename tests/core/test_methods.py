@@ -1,0 +1,183 @@
+"""Which blocks a method keeps, against slow implementations written from the papers' equations."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsediff import AttentionSite, Auto, DraftAttention, LiteAttention, Schedule, TokenGrid
+from sparsediff.budget import head_percentile, row_top_k, row_top_p
+from sparsediff.methods import METHODS, build_method
+
+
+def site(grid, **changes):
+    values = {
+        "layer": 0,
+        "num_layers": 2,
+        "step": 0,
+        "num_steps": 10,
+        "sigma": 1.0,
+        "branch": "cond",
+        "grid": grid,
+    }
+    return AttentionSite(**{**values, **changes})
+
+
+def queries(tokens, heads=2, dim=16, batch=1, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, tokens, heads, dim, generator=g), torch.randn(
+        batch, tokens, heads, dim, generator=g
+    )
+
+
+scores = st.builds(
+    lambda shape, seed: torch.randn(1, 2, *shape, generator=torch.Generator().manual_seed(seed)),
+    st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    st.integers(0, 2**31),
+)
+fractions = st.floats(0.01, 1.0)
+
+
+@given(scores, fractions)
+def test_row_top_k_keeps_the_best_of_every_row(s, density):
+    keep = row_top_k(s, density)
+    k = max(1, math.ceil(density * s.shape[-1] - 1e-9))
+    assert (keep.sum(-1) - k).abs().max() <= 1
+    kept, dropped = s.masked_fill(~keep, math.inf).amin(-1), s.masked_fill(keep, -math.inf).amax(-1)
+    assert (kept >= dropped).all()
+
+
+@given(scores, fractions)
+def test_row_top_p_is_the_smallest_set_with_that_mass(s, share):
+    mass = s.softmax(-1)
+    keep = row_top_p(mass, share)
+    held = (mass * keep).sum(-1)
+    assert (held >= share - 1e-5).all()
+    without_smallest = held - mass.masked_fill(~keep, math.inf).amin(-1)
+    assert ((without_smallest < share + 1e-5) | (keep.sum(-1) == 1)).all()
+
+
+@given(scores, fractions, st.integers(1, 3))
+def test_head_percentile_follows_the_published_rule(s, density, minimum):
+    keep = head_percentile(s, density, row_minimum=minimum)
+    m, n = s.shape[-2:]
+    for h in range(2):
+        flat = sorted(s[0, h].flatten().tolist())
+        k = int((1 - density) * len(flat) + 1e-9)
+        for i in range(m):
+            best = sorted(s[0, h, i].tolist(), reverse=True)[: min(minimum, n)]
+            for j in range(n):
+                x = s[0, h, i, j].item()
+                assert keep[0, h, i, j] == (k == 0 or x >= flat[k - 1] or x in best)
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 20),
+    st.integers(1, 40),
+    st.integers(0, 40),
+    st.floats(0.0, 0.95),
+    st.integers(0, 99),
+)
+def test_draft_attention_against_its_equations(f, h, w, text, sparsity, seed):
+    grid = TokenGrid.video(f, h, w, text=text)
+    method = DraftAttention(sparsity=sparsity)
+    q, k = queries(grid.num_tokens, seed=seed)
+    order = method.order(grid)
+    keep = method.keep_blocks(order.apply(q, grid), order.apply(k, grid), site(grid))
+    n, video = grid.num_tokens, f * h * w
+    blocks = -(-n // 128)
+    assert keep.shape == (1, 2, blocks, blocks)
+    permuted = order.permutation(grid)[0]
+    pooled_q, pooled_k = (
+        torch.stack([x[0, permuted[i : i + 128]].double().mean(0) for i in range(0, n, 128)])
+        for x in (q, k)
+    )
+    visual = -(-video // 128)
+    for head in range(2):
+        logits = pooled_q[:visual, head] @ pooled_k[:visual, head].T / math.sqrt(16)
+        draft = logits.softmax(-1)
+        dropped = int(sparsity * visual * visual + 1e-9)
+        threshold = draft.flatten().sort().values[dropped - 1] if dropped else -math.inf
+        expected = (draft >= threshold - 1e-9) | (draft >= draft.amax(-1, keepdim=True) - 1e-9)
+        assert torch.equal(keep[0, head, :visual, :visual], expected)
+    assert keep[..., visual:, :].all()
+    assert keep[..., :, visual:].all()
+
+
+def test_auto_keeps_the_heaviest_blocks_of_each_row():
+    grid = TokenGrid.video(4, 8, 12)
+    method = Auto(density=0.3, block=64)
+    q, k = queries(grid.num_tokens)
+    keep = method.keep_blocks(q, k, site(grid))
+    exact = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()).div(4).softmax(-1)
+    mass = exact.view(1, 2, 6, 64, 6, 64).sum((3, 5))
+    for row_mass, row_keep in zip(mass.view(-1, 6), keep.view(-1, 6), strict=True):
+        assert set(row_mass.topk(2).indices.tolist()) == set(row_keep.nonzero()[:, 0].tolist())
+
+
+def test_auto_looks_again_only_every_so_often():
+    grid = TokenGrid.video(4, 8, 8)
+    method = Auto(refresh_every=4)
+    assert method.refreshes(site(grid, step=3), None)
+    assert not method.refreshes(site(grid, step=6), 3)
+    assert method.refreshes(site(grid, step=7), 3)
+
+
+def test_auto_takes_coarser_blocks_for_long_sequences():
+    assert Auto().block_size(TokenGrid.video(9, 16, 16)) == (64, 64)
+    assert Auto().block_size(TokenGrid.video(21, 45, 80)) == (128, 128)
+    assert Auto(block=128).block_size(TokenGrid.video(9, 16, 16)) == (128, 128)
+
+
+def test_lite_attention_starts_from_everything_once():
+    grid = TokenGrid.video(3, 10, 10)
+    method = LiteAttention()
+    q, k = queries(300, batch=2)
+    assert method.keep_blocks(q, k, site(grid)).shape == (2, 2, 3, 3)
+    assert method.keep_blocks(q, k, site(grid)).all()
+    assert method.refreshes(site(grid), None)
+    assert not method.refreshes(site(grid, step=5), 0)
+    assert method.vote_threshold(site(grid)) == -10.0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_describes_itself(name):
+    method = build_method(name)
+    assert method.name == name
+    assert method.summary
+    assert method.citation
+    assert str(method).startswith(name)
+    assert isinstance(method.default_schedule(), Schedule)
+    with pytest.raises(AttributeError):
+        method.name = "other"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LiteAttention(threshold=0.5), "log2 units below 0"),
+        (lambda: LiteAttention(tile=(8, 128)), "two sizes >= 16"),
+        (lambda: DraftAttention(sparsity=1.0), r"in \[0, 1\)"),
+        (lambda: DraftAttention(pool_h=3), "must be 64 or 128"),
+        (lambda: DraftAttention(row_minimum=0), "row_minimum must be >= 1"),
+        (lambda: Auto(density=0.0), r"in \(0, 1\]"),
+        (lambda: Auto(block=96), "block must be one of"),
+        (lambda: Auto(refresh_every=0), "refresh_every must be >= 1"),
+        (lambda: build_method("lite"), "did you mean 'lite_attention'"),
+        (lambda: build_method("draft_attention", sparsty=0.5), "did you mean 'sparsity'"),
+        (lambda: row_top_k(torch.zeros(1, 1, 2, 2), 0.0), r"density must be in \(0, 1\]"),
+    ],
+)
+def test_impossible_parameters_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_parameters_beside_a_ready_method_are_refused():
+    with pytest.raises(TypeError, match="already configured"):
+        build_method(LiteAttention(), threshold=-3.0)
+    with pytest.raises(TypeError, match="a name or a Method"):
+        build_method(7)
