@@ -336,18 +336,18 @@ def _attend_blocks(
 @_attend_blocks.register_fake
 def _fake_attend_blocks(
     query,
-    key,  # noqa: ARG001
-    value,  # noqa: ARG001
-    kv_num_blocks,  # noqa: ARG001
+    key,
+    value,
+    kv_num_blocks,
     kv_indices,
-    block_size,  # noqa: ARG001
-    scale,  # noqa: ARG001
-    kv_lengths,  # noqa: ARG001
+    block_size,
+    scale,
+    kv_lengths,
     vote_threshold,
-    lse_prev,  # noqa: ARG001
+    lse_prev,
     want_lse,
     want_mass,
-    backend,  # noqa: ARG001
+    backend,
 ):
     batch, seq_q, heads, _ = query.shape
     rows, columns = kv_indices.shape[2:]

@@ -1,0 +1,402 @@
+"""Block-sparse FlashAttention forward for Hopper in Gluon: device code only (`_block_sparse_gluon.py` launches it).
+
+One producer warp follows the lists with TMA; two consumer warpgroups of 64 query rows each take turns on the tensor
+cores, so that one's softmax hides under the other's products (FlashAttention-3, arXiv 2407.08608).  The grid is
+persistent and walks query blocks in the order it is given.
+
+Stage j of the one ring holds K[j] and V[j-1], which the same turn reads (S_j = Q K_j^T beside O += P_{j-1} V_{j-1})
+and frees together: one wait and one arrival a tile.  The wait for stage j+1 stands between the exponentials and the
+wait for PV for a second reason: it ends a basic block there, without which ptxas sinks the exponentials past the wait
+and nothing overlaps PV.  `tests/kernels/test_aot.py` reads the machine code to keep it so.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+LOG2E = gl.constexpr(1.4426950408889634)  # exp(x) == exp2(x * LOG2E)
+LN2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def _assembly(code: gl.constexpr):
+    gl.inline_asm_elementwise(code, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _take_turn(GROUP: gl.constexpr):
+    """Wait until the other warpgroup has issued its products.  Barriers 0-8 are Triton's own."""
+    if GROUP == 0:
+        _assembly("bar.sync 9, 256; mov.u32 $0, 0;")
+    else:
+        _assembly("bar.sync 10, 256; mov.u32 $0, 0;")
+
+
+@gluon.jit
+def _pass_turn(GROUP: gl.constexpr):
+    if GROUP == 0:
+        _assembly("bar.arrive 10, 256; mov.u32 $0, 0;")
+    else:
+        _assembly("bar.arrive 9, 256; mov.u32 $0, 0;")
+
+
+@gluon.jit
+def _vote(b_gap, b_address):
+    """Store 1 at the address if any of the warp's 16 rows has a positive gap: one vote, one predicated store."""
+    gl.inline_asm_elementwise(
+        """{ .reg .pred p, q; .reg .b32 t;
+        setp.gt.f32 p, $2, 0f00000000; setp.gt.f32 q, $3, 0f00000000; or.pred p, p, q;
+        vote.sync.any.pred p, p, 0xffffffff;
+        mov.u32 t, %laneid; setp.eq.and.u32 q, t, 0, p;
+        mov.u32 t, 1; @q st.global.u8 [$4], t;
+        mov.b32 $0, 0; mov.b32 $1, 0; }""",
+        "=r,=r,f,f,l,l",
+        [b_gap, b_address],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@gluon.jit
+def _row(t, order_ptr, kv_num_blocks_ptr, num_heads, q_blocks):
+    """Query block number `t` of the walk: its row of the lists, batch, head, place and count of blocks."""
+    i_row = gl.load(order_ptr + t)
+    i_bh = i_row // q_blocks
+    return (
+        i_row,
+        i_bh // num_heads,
+        i_bh % num_heads,
+        i_row % q_blocks,
+        gl.load(kv_num_blocks_ptr + i_row),
+    )
+
+
+@gluon.jit
+def _list(kv_indices_ptr, i_b, i_h, i_m, stride_ib, stride_ih, kv_blocks):
+    return (
+        kv_indices_ptr
+        + i_b.to(gl.int64) * stride_ib
+        + i_h.to(gl.int64) * stride_ih
+        + i_m.to(gl.int64) * kv_blocks
+    )
+
+
+@gluon.jit
+def _producer(
+    q_desc,
+    k_desc,
+    v_desc,
+    q_bufs,
+    k_bufs,
+    v_bufs,
+    q_full,
+    q_empty,
+    full,
+    empty,
+    kv_num_blocks_ptr,
+    kv_indices_ptr,
+    order_ptr,
+    stride_ib,
+    stride_ih,
+    num_heads,
+    q_blocks,
+    kv_blocks,
+    num_rows,
+    RING: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    K_BYTES: gl.constexpr = k_desc.block_type.nbytes
+    V_BYTES: gl.constexpr = v_desc.block_type.nbytes
+    turn = 0
+    q_phase = 1
+    for t in range(gl.program_id(0), num_rows, gl.num_programs(0)):
+        _, i_b, i_h, i_m, count = _row(t, order_ptr, kv_num_blocks_ptr, num_heads, q_blocks)
+        p_list = _list(kv_indices_ptr, i_b, i_h, i_m, stride_ib, stride_ih, kv_blocks)
+        # An empty row runs one masked tile; what its list names is arbitrary.
+        current = gl.where(count > 0, gl.load(p_list + gl.maximum(count - 1, 0)), 0)
+        following = gl.load(p_list + gl.maximum(count - 2, 0))
+        stage = turn % RING
+        mbarrier.wait(empty.index(stage), ((turn // RING) & 1) ^ 1)
+        mbarrier.expect(full.index(stage), K_BYTES)
+        tma.async_copy_global_to_shared(
+            k_desc, [i_b, i_h, current * BLOCK_N, 0], full.index(stage), k_bufs.index(stage)
+        )
+        for w in gl.static_range(2):
+            mbarrier.wait(q_empty.index(w), q_phase)
+            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                q_desc, [i_b, i_h, i_m * 128 + w * 64, 0], q_full.index(w), q_bufs.index(w)
+            )
+        q_phase ^= 1
+        turn += 1
+        for j in range(1, count):
+            after = gl.load(p_list + gl.maximum(count - 2 - j, 0))
+            stage = turn % RING
+            mbarrier.wait(empty.index(stage), ((turn // RING) & 1) ^ 1)
+            mbarrier.expect(full.index(stage), K_BYTES + V_BYTES)
+            tma.async_copy_global_to_shared(
+                k_desc, [i_b, i_h, following * BLOCK_N, 0], full.index(stage), k_bufs.index(stage)
+            )
+            tma.async_copy_global_to_shared(
+                v_desc, [i_b, i_h, current * BLOCK_N, 0], full.index(stage), v_bufs.index(stage)
+            )
+            current = following
+            following = after
+            turn += 1
+        stage = turn % RING
+        mbarrier.wait(empty.index(stage), ((turn // RING) & 1) ^ 1)
+        mbarrier.expect(full.index(stage), V_BYTES)
+        tma.async_copy_global_to_shared(
+            v_desc, [i_b, i_h, current * BLOCK_N, 0], full.index(stage), v_bufs.index(stage)
+        )
+        turn += 1
+
+
+@gluon.jit
+def _consumer(
+    out_desc,
+    q_bufs,
+    k_bufs,
+    v_bufs,
+    out_bufs,
+    q_full,
+    q_empty,
+    full,
+    empty,
+    lse_ptr,
+    vote_ptr,
+    kv_num_blocks_ptr,
+    kv_indices_ptr,
+    order_ptr,
+    stride_ib,
+    stride_ih,
+    scale,
+    vote_threshold,
+    num_heads,
+    seq_q,
+    seq_k,
+    q_blocks,
+    kv_blocks,
+    num_rows,
+    RING: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    ALIAS: gl.constexpr,
+    WITH_LSE: gl.constexpr,
+    WITH_VOTE: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    DTYPE: gl.constexpr = v_bufs.dtype
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    ROW_S: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    turn = 0
+    q_phase = 0
+    q_smem = q_bufs.index(GROUP).reshape([64, BLOCK_D])
+    out_smem = out_bufs.index(GROUP)
+    qk_scale = scale * LOG2E
+    b_zero = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+    if GROUP == 1:
+        _assembly("bar.arrive 9, 256; mov.u32 $0, 0;")
+    for t in range(gl.program_id(0), num_rows, gl.num_programs(0)):
+        i_row, i_b, i_h, i_m, count = _row(t, order_ptr, kv_num_blocks_ptr, num_heads, q_blocks)
+        p_list = _list(kv_indices_ptr, i_b, i_h, i_m, stride_ib, stride_ih, kv_blocks)
+        current = gl.where(count > 0, gl.load(p_list + gl.maximum(count - 1, 0)), 0)
+        length = gl.where(count > 0, seq_k, 0)
+        o_m = i_m * 128 + GROUP * 64 + gl.arange(0, 64, layout=ROW_S)
+        b_m = gl.full([64], float("-inf"), gl.float32, ROW_S)
+        b_l = gl.zeros([64], gl.float32, ROW_S)
+        b_o = gl.zeros([64, BLOCK_D], gl.float32, O_LAYOUT)
+        if WITH_VOTE:
+            p_vote = (vote_ptr + i_row.to(gl.int64) * kv_blocks).to(gl.int64) + gl.zeros(
+                [64], gl.int64, ROW_S
+            )
+            # Rows past the end of the sequence never pass.
+            b_threshold = gl.where(o_m < seq_q, vote_threshold, float("inf"))
+            if GROUP == 0:
+                gl.store(vote_ptr + i_row.to(gl.int64) * kv_blocks + current, 1, mask=count > 0)
+            following = gl.load(p_list + gl.maximum(count - 2, 0))
+
+        # The first tile, the only one that can be ragged
+        mbarrier.wait(q_full.index(GROUP), q_phase)
+        mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
+        _take_turn(GROUP)
+        k_smem = k_bufs.index(turn % RING).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
+        b_s = warpgroup_mma(q_smem, k_smem, b_zero, use_acc=False, is_async=True)
+        _pass_turn(GROUP)
+        b_s = warpgroup_mma_wait(0, deps=(b_s,))
+        mbarrier.arrive(empty.index(turn % RING), count=1)
+        if current * BLOCK_N + BLOCK_N > length:
+            o_n = current * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
+            b_s = gl.where((o_n < length)[None, :], b_s, float("-inf"))
+        b_m = gl.max(b_s, 1) * qk_scale
+        # An empty row leaves the maximum at -inf, and -inf - -inf is NaN.
+        b_shift = gl.where(b_m == float("-inf"), 0.0, b_m)
+        b_p = gl.exp2(b_s * qk_scale - b_shift[:, None])
+        b_l = gl.sum(b_p, 1)
+        turn += 1
+        mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
+        b_pd = gl.convert_layout(b_p.to(DTYPE), P_LAYOUT)
+
+        for j in range(1, count):
+            stage = turn % RING
+            _take_turn(GROUP)
+            k_smem = k_bufs.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
+            b_s = warpgroup_mma(q_smem, k_smem, b_zero, use_acc=False, is_async=True)
+            b_o = warpgroup_mma(
+                b_pd, v_bufs.index(stage).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
+            )
+            _pass_turn(GROUP)
+            b_s = warpgroup_mma_wait(1, deps=(b_s,))
+            b_top = gl.max(b_s, 1) * qk_scale
+            if WITH_VOTE:
+                _vote(b_top - (b_m + b_threshold), p_vote + following)
+                following = gl.load(p_list + gl.maximum(count - 2 - j, 0))
+            b_m_new = gl.maximum(b_m, b_top)
+            b_p = gl.exp2(b_s * qk_scale - b_m_new[:, None])
+            b_alpha = gl.exp2(b_m - b_m_new)
+            b_l = b_l * b_alpha + gl.sum(b_p, 1)
+            b_m = b_m_new
+            turn += 1
+            mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
+            b_o = warpgroup_mma_wait(0, deps=(b_o,))
+            mbarrier.arrive(empty.index(stage), count=1)
+            b_pd = gl.convert_layout(b_p.to(DTYPE), P_LAYOUT)
+            b_o = b_o * gl.convert_layout(b_alpha, ROW_O)[:, None]
+
+        if not ALIAS:
+            mbarrier.arrive(q_empty.index(GROUP), count=1)
+        b_o = warpgroup_mma(
+            b_pd, v_bufs.index(turn % RING).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
+        )
+        b_o = warpgroup_mma_wait(0, deps=(b_o,))
+        mbarrier.arrive(empty.index(turn % RING), count=1)
+        turn += 1
+        q_phase ^= 1
+
+        if WITH_LSE:
+            p_lse = lse_ptr + (i_row // q_blocks).to(gl.int64) * seq_q + o_m
+            gl.store(p_lse, b_m * LN2 + gl.log(b_l), mask=o_m < seq_q)
+        b_empty = gl.convert_layout(b_l, ROW_O)[:, None] == 0.0
+        b_o = gl.where(b_empty, 0.0, b_o * gl.convert_layout(1.0 / b_l, ROW_O)[:, None])
+        tma.store_wait(0)
+        out_smem.reshape([64, BLOCK_D]).store(b_o.to(DTYPE))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out_desc, [i_b, i_h, i_m * 128 + GROUP * 64, 0], out_smem)
+        if ALIAS:
+            # The output leaves through Q's buffer: the next Q may only land once it has been read.
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(GROUP), count=1)
+    tma.store_wait(0)
+
+
+# Sizes differ from call to call and gain nothing from specialisation: one binary serves every shape.
+@gluon.jit(
+    do_not_specialize=[
+        "stride_ib",
+        "stride_ih",
+        "scale",
+        "vote_threshold",
+        "num_heads",
+        "seq_q",
+        "seq_k",
+        "q_blocks",
+        "kv_blocks",
+        "num_rows",
+    ]
+)
+def block_sparse_fwd_sm90(
+    q_desc,
+    k_desc,
+    v_desc,
+    out_desc,
+    lse_ptr,
+    vote_ptr,
+    kv_num_blocks_ptr,
+    kv_indices_ptr,
+    order_ptr,
+    stride_ib,
+    stride_ih,
+    scale,
+    vote_threshold,
+    num_heads,
+    seq_q,
+    seq_k,
+    q_blocks,
+    kv_blocks,
+    num_rows,
+    RING: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    ALIAS: gl.constexpr,
+    WITH_LSE: gl.constexpr,
+    WITH_VOTE: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """Attention of query blocks of 128 rows over key blocks of `BLOCK_N`.
+
+    Descriptors are over `[B, H, S, D]` views: `[1, 1, 64, BLOCK_D]` boxes of queries and output, `[1, 1, BLOCK_N,
+    BLOCK_D]` of keys and values.  `kv_num_blocks_ptr` and `order_ptr` are `int32 [B * H * Mq]`; `vote_ptr` `uint8
+    [B, H, Mq, Nk]` starts as zeros.  `ALIAS`: the output shares Q's buffers, which makes room for a third stage.
+    """
+    q_bufs = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, BLOCK_D], q_desc.layout)
+    k_bufs = gl.allocate_shared_memory(k_desc.dtype, [RING, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
+    v_bufs = gl.allocate_shared_memory(v_desc.dtype, [RING, 1, 1, BLOCK_N, BLOCK_D], v_desc.layout)
+    if ALIAS:
+        out_bufs = q_bufs
+    else:
+        out_bufs = gl.allocate_shared_memory(
+            out_desc.dtype, [2, 1, 1, 64, BLOCK_D], out_desc.layout
+        )
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    full = gl.allocate_shared_memory(gl.int64, [RING, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [RING, 1], BARRIER)
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+    for i in gl.static_range(RING):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
+                (
+                    out_desc, q_bufs, k_bufs, v_bufs, out_bufs, q_full, q_empty, full, empty, lse_ptr, vote_ptr,
+                    kv_num_blocks_ptr, kv_indices_ptr, order_ptr, stride_ib, stride_ih, scale, vote_threshold,
+                    num_heads, seq_q, seq_k, q_blocks, kv_blocks, num_rows, RING, BLOCK_N, BLOCK_D, ALIAS,
+                    WITH_LSE, WITH_VOTE, 0,
+                ),
+            ),
+            (
+                _consumer,
+                (
+                    out_desc, q_bufs, k_bufs, v_bufs, out_bufs, q_full, q_empty, full, empty, lse_ptr, vote_ptr,
+                    kv_num_blocks_ptr, kv_indices_ptr, order_ptr, stride_ib, stride_ih, scale, vote_threshold,
+                    num_heads, seq_q, seq_k, q_blocks, kv_blocks, num_rows, RING, BLOCK_N, BLOCK_D, ALIAS,
+                    WITH_LSE, WITH_VOTE, 1,
+                ),
+            ),
+            (
+                _producer,
+                (
+                    q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, q_empty, full, empty,
+                    kv_num_blocks_ptr, kv_indices_ptr, order_ptr, stride_ib, stride_ih, num_heads, q_blocks,
+                    kv_blocks, num_rows, RING, BLOCK_N,
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

@@ -1,0 +1,172 @@
+"""Block lists, the form of a mask that kernels walk, out of the forms that methods compute with.
+
+Every function returns `(kv_num_blocks, kv_indices)`, the fields of a `BlockMask`: `int32 [B, H, Mq]` and ascending
+`int32 [B, H, Mq, Nk]` whose entries past the count are arbitrary.  On CUDA each is one Triton launch without a host
+synchronisation; elsewhere plain torch does the same and defines what is right.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def lists_from_dense(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """From `keep`, `bool [B, H, Mq, Nk]`."""
+    if keep.dtype != torch.bool or keep.ndim != 4:
+        raise TypeError(f"keep must be bool [B, H, Mq, Nk], got {keep.dtype} {list(keep.shape)}")
+    return (
+        compact(keep.view(torch.uint8), keep.shape[-1], packed=False)
+        if keep.is_cuda
+        else dense_reference(keep)
+    )
+
+
+def lists_from_bitmap(bitmap: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """From a bitmap of `num_blocks` columns, `uint8 [B, H, Mq, ceil(Nk / 8)]`, as `BlockMask.to_bitmap` packs it."""
+    if bitmap.dtype != torch.uint8 or bitmap.ndim != 4 or bitmap.shape[-1] != -(-num_blocks // 8):
+        raise TypeError(
+            f"bitmap must be uint8 [B, H, Mq, {-(-num_blocks // 8)}] for {num_blocks} blocks, "
+            f"got {bitmap.dtype} {list(bitmap.shape)}"
+        )
+    if bitmap.is_cuda:
+        return compact(bitmap, num_blocks, packed=True)
+    shifts = torch.arange(8, dtype=torch.uint8)
+    return dense_reference(((bitmap[..., None] >> shifts) & 1).flatten(-2)[..., :num_blocks].bool())
+
+
+def lists_from_top_k(
+    scores: Tensor, k: int | Tensor, forced: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The `k` best columns of every row of `scores`, `float32 [B, H, Mq, Nk]`, and all that are `forced`.
+
+    Args:
+        scores: higher is better; among equals the lower column wins.  NaN is not allowed.
+        k: columns a row: one number, or `int32 [B, H]` for a budget a head.
+        forced: `bool`, broadcastable to the scores; kept beside the `k` best.
+    """
+    if scores.dtype != torch.float32 or scores.ndim != 4:
+        raise TypeError(
+            f"scores must be float32 [B, H, Mq, Nk], got {scores.dtype} {list(scores.shape)}"
+        )
+    batch, heads = scores.shape[:2]
+    if isinstance(k, int):
+        k = torch.full((batch, heads), k, dtype=torch.int32, device=scores.device)
+    if k.dtype != torch.int32 or list(k.shape) != [batch, heads]:
+        raise TypeError(
+            f"k must be a number or int32 {[batch, heads]}, got {k.dtype} {list(k.shape)}"
+        )
+    return select(scores, k, forced) if scores.is_cuda else top_k_reference(scores, k, forced)
+
+
+# -- references -----------------------------------------------------------------------------------------------------
+
+
+def dense_reference(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """`lists_from_dense` by a stable sort, which puts kept columns first and leaves them ascending."""
+    indices = keep.logical_not().to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
+    return keep.sum(-1, dtype=torch.int32), indices
+
+
+def top_k_reference(scores: Tensor, k: Tensor, forced: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`lists_from_top_k` by a stable sort of scores."""
+    best = scores.argsort(dim=-1, descending=True, stable=True)
+    chosen = (torch.arange(scores.shape[-1], device=scores.device) < k[..., None, None]).expand_as(
+        scores
+    )
+    keep = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, chosen)
+    return dense_reference(keep if forced is None else keep | forced)
+
+
+# -- launchers ------------------------------------------------------------------------------------------------------
+
+
+def compact(keep: Tensor, num_columns: int, *, packed: bool) -> tuple[Tensor, Tensor]:
+    """Launch `compact_rows` over `uint8 [B, H, Mq, ...]`."""
+    from sparsediff.kernels._block_lists_fwd import compact_rows
+
+    keep = keep.contiguous()
+    counts = torch.empty(keep.shape[:3], dtype=torch.int32, device=keep.device)
+    indices = torch.empty(*keep.shape[:3], num_columns, dtype=torch.int32, device=keep.device)
+    if counts.numel():
+        chunk = min(1024, max(16, _power_of_2(num_columns)))
+        compact_rows[(counts.numel(),)](
+            keep,
+            counts,
+            indices,
+            num_columns,
+            PACKED=packed,
+            CHUNK=chunk,
+            num_warps=max(1, chunk // 256),
+        )
+    return counts, indices
+
+
+def select(scores: Tensor, k: Tensor, forced: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Launch `select_top_k`."""
+    from sparsediff.kernels._block_lists_fwd import select_top_k
+
+    scores = scores.contiguous()
+    *rows, columns = scores.shape
+    counts = torch.empty(rows, dtype=torch.int32, device=scores.device)
+    indices = torch.empty(*rows, columns, dtype=torch.int32, device=scores.device)
+    if forced is not None:
+        forced = forced.expand(scores.shape).contiguous().view(torch.uint8)
+    if counts.numel():
+        width = max(16, _power_of_2(columns))
+        select_top_k[(counts.numel(),)](
+            scores,
+            k.contiguous(),
+            k if forced is None else forced,
+            counts,
+            indices,
+            columns,
+            rows[2],
+            HAS_FORCED=forced is not None,
+            COLUMNS=width,
+            num_warps=1 if width <= 1024 else 4,
+        )
+    return counts, indices
+
+
+def order(kv_num_blocks: Tensor, batch: int, heads: int) -> tuple[Tensor, Tensor]:
+    """Heaviest rows first within each head, heads in order: `(counts, order)`, both `int32 [B * H * Mq]`.
+
+    Heads stay together for the cache's sake; inside one, heavy rows first keep a persistent grid level.
+    """
+    from sparsediff.kernels._block_lists_fwd import order_rows
+
+    q_blocks = kv_num_blocks.shape[2]
+    counts = kv_num_blocks.expand(batch, heads, q_blocks)
+    if counts.stride(2) != 1:
+        counts = counts.contiguous()
+    flat, places = (
+        torch.empty(batch * heads * q_blocks, dtype=torch.int32, device=counts.device)
+        for _ in range(2)
+    )
+    if flat.numel():
+        order_rows[(batch * heads, -(-q_blocks // 32))](
+            counts,
+            flat,
+            places,
+            *counts.stride()[:2],
+            heads,
+            q_blocks,
+            ROWS=32,
+            OTHERS=128,
+            num_warps=4,
+        )
+    return flat, places
+
+
+def order_reference(kv_num_blocks: Tensor, batch: int, heads: int) -> tuple[Tensor, Tensor]:
+    """`order` by a stable sort."""
+    q_blocks = kv_num_blocks.shape[2]
+    counts = kv_num_blocks.expand(batch, heads, q_blocks).reshape(batch * heads, q_blocks)
+    first = torch.arange(batch * heads, device=counts.device)[:, None] * q_blocks
+    places = counts.argsort(dim=1, descending=True, stable=True) + first
+    return counts.reshape(-1), places.reshape(-1).to(torch.int32)
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

@@ -1,0 +1,116 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsediff.block_mask import pack_bits
+from sparsediff.kernels import block_lists, block_scores
+from sparsediff.kernels.attention import _why_not_triton
+
+interpreted = pytest.mark.skipif(
+    bool(_why_not_triton(torch.device("cpu"), torch.float32, 64, (64, 64))),
+    reason="needs TRITON_INTERPRET=1 (make test sets it)",
+)
+
+
+def random(*shape, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def dense(lists):
+    """Lists back to booleans; what stands past the count must not matter, and what is before must ascend."""
+    counts, indices = lists
+    keep = torch.zeros(indices.shape, dtype=torch.bool)
+    for row in torch.cartesian_prod(*(torch.arange(n) for n in counts.shape)).tolist():
+        listed = indices[tuple(row)][: int(counts[tuple(row)])]
+        assert (listed.diff() > 0).all()
+        keep[tuple(row)][listed.long()] = True
+    return keep
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 63, 64, 65])
+def test_lists_hold_what_is_kept(columns):
+    keep = random(2, 1, 3, columns) < 0.4
+    assert torch.equal(dense(block_lists.lists_from_dense(keep)), keep)
+    assert torch.equal(dense(block_lists.lists_from_bitmap(pack_bits(keep), columns)), keep)
+
+
+@interpreted
+@pytest.mark.parametrize("columns", [1, 7, 17, 65, 1025])
+def test_compaction_kernel(columns):
+    keep = random(1, 2, 2, columns) < 0.4
+    keep[0, 0, 0] = False
+    assert torch.equal(
+        dense(block_lists.compact(keep.view(torch.uint8), columns, packed=False)), keep
+    )
+    assert torch.equal(dense(block_lists.compact(pack_bits(keep), columns, packed=True)), keep)
+
+
+@interpreted
+@settings(max_examples=15, deadline=None)
+@given(columns=st.integers(1, 40), data=st.data(), seed=st.integers(0, 999))
+def test_top_k_kernel(columns, data, seed):
+    scores = random(2, 2, 2, columns, seed=seed) - 0.5
+    scores[0, 0] = scores[0, 0].mul(4).round()  # ties
+    scores[1, 0, 0] = -torch.inf
+    k = torch.tensor(
+        [[data.draw(st.integers(0, columns)) for _ in range(2)] for _ in range(2)],
+        dtype=torch.int32,
+    )
+    forced = random(1, 1, 2, columns, seed=seed + 1) < 0.1 if data.draw(st.booleans()) else None
+    got, want = (
+        block_lists.select(scores, k, forced),
+        block_lists.top_k_reference(scores, k, forced),
+    )
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(dense(got), dense(want))
+
+
+def test_top_k_prefers_the_lower_of_equals_and_keeps_the_forced():
+    scores = torch.tensor([[[[1.0, 3.0, 3.0, 3.0, 0.0]]]])
+    assert dense(block_lists.lists_from_top_k(scores, 2))[0, 0, 0].tolist() == [
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
+    forced = torch.tensor([False, False, False, False, True])
+    kept = dense(
+        block_lists.lists_from_top_k(scores, torch.tensor([[1]], dtype=torch.int32), forced)
+    )
+    assert kept[0, 0, 0].tolist() == [False, True, False, False, True]
+
+
+@interpreted
+@pytest.mark.parametrize("rows", [1, 31, 33, 130])
+def test_heaviest_rows_come_first_within_a_head(rows):
+    counts = (random(1, 2, rows) * 5).int()
+    for batch in (1, 2):
+        got, want = (
+            block_lists.order(counts, batch, 2),
+            block_lists.order_reference(counts, batch, 2),
+        )
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
+
+
+@interpreted
+@pytest.mark.parametrize("seq", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize(("block", "dim"), [(64, 64), (128, 96), (48, 8)])
+def test_mean_kernel(seq, block, dim):
+    x = random(2, seq, 2, 2 * dim)[..., dim:]
+    torch.testing.assert_close(
+        block_scores.block_means_triton(x, block), block_scores.block_means_reference(x, block)
+    )
+
+
+def test_wrong_dtypes_are_named():
+    with pytest.raises(TypeError, match="keep must be bool"):
+        block_lists.lists_from_dense(torch.zeros(1, 1, 1, 1))
+    with pytest.raises(TypeError, match=r"bitmap must be uint8 \[B, H, Mq, 2\] for 9 blocks"):
+        block_lists.lists_from_bitmap(torch.zeros(1, 1, 1, 1, dtype=torch.uint8), 9)
+    with pytest.raises(TypeError, match="scores must be float32"):
+        block_lists.lists_from_top_k(torch.zeros(1, 1, 1, 1).half(), 1)
+    with pytest.raises(TypeError, match=r"k must be a number or int32 \[1, 1\]"):
+        block_lists.lists_from_top_k(torch.zeros(1, 1, 1, 1), torch.zeros(1))
