@@ -1,6 +1,6 @@
 """Compile the kernels ahead of time for every architecture, without a GPU, and read the machine code.
 
-    python -m sparsediff.kernels.aot sm90 sm120          # one JSON line a kernel
+    python -m sparsediff.kernels.aot sm90 sm120          # one JSON line a kernel; --quick for a few of them
 
 A kernel that spills registers is slow on a machine nobody here may own; this is how we know.  Needs an environment
 without `TRITON_INTERPRET`.
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import triton
@@ -22,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparsediff.kernels._block_sparse_fwd import block_sparse_fwd
-from sparsediff.kernels.tuning import Tile, get_tile
+from sparsediff.kernels.tuning import Tile, get_tile, hopper_ring
 
 ARCHITECTURES = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
 _DTYPES = {"bf16": 16, "fp16": 16, "fp32": 32}
@@ -37,6 +38,8 @@ class Compiled:
     registers: int
     stack_bytes: int  # spills live here; 0 is what we want
     shared_bytes: int
+    # Hopper only: exponentials that run while PV is in flight, for each of the two warpgroups' loops
+    overlapped_exponentials: tuple[int, ...] = ()
 
 
 def portable_attention(
@@ -105,9 +108,75 @@ def compile_kernel(
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
+    return _compile(name, arch, source, options)
+
+
+def hopper_attention(dtype: str, head_dim: int, block_n: int, *, byproducts: bool) -> Compiled:
+    """Compile the Hopper kernel for key blocks of `block_n`; `byproducts` turns on LSE and vote."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from sparsediff.kernels._block_sparse_sm90 import block_sparse_fwd_sm90 as kernel
+
+    block_d = 64 if head_dim == 64 else 128
+    ring, alias = hopper_ring(block_n, block_d)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    constants = {
+        "RING": ring,
+        "BLOCK_N": block_n,
+        "BLOCK_D": block_d,
+        "ALIAS": alias,
+        "WITH_LSE": byproducts,
+        "WITH_VOTE": byproducts,
+        "num_warps": 4,
+    }
+    rows = {"q_desc": 64, "k_desc": block_n, "v_desc": block_n, "out_desc": 64}
+    signature = {
+        **{n: f"tensordesc<{dtype}[1, 1, {r}, {block_d}],{layout!r}>" for n, r in rows.items()},
+        **dict.fromkeys(("kv_num_blocks_ptr", "kv_indices_ptr", "order_ptr"), "*i32"),
+        "lse_ptr": "*fp32",
+        "vote_ptr": "*u8",
+        "scale": "fp32",
+        "vote_threshold": "fp32",
+    }
+    names = kernel.arg_names
+    constants = {n: value for n, value in constants.items() if n in names}
+    source = GluonASTSource(
+        fn=kernel,
+        signature={n: "constexpr" if n in constants else signature.get(n, "i32") for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in names if n.endswith("_ptr")},
+    )
+    name = (
+        f"hopper {dtype} D{head_dim} 128x{block_n} ring {ring}{' byproducts' if byproducts else ''}"
+    )
+    return _compile(name, "sm90", source, {"num_warps": 4, "maxnreg": 168})
+
+
+def _compile(name: str, arch: str, source: ASTSource, options: dict) -> Compiled:
     compiled = triton.compile(source, target=GPUTarget("cuda", int(arch[2:]), 32), options=options)
-    registers, stack = resources(compiled.asm["cubin"])
-    return Compiled(name, arch, registers, stack, compiled.metadata.shared)
+    cubin = compiled.asm["cubin"]
+    registers, stack = resources(cubin)
+    overlapped = overlapped_exponentials(machine_code(cubin)) if name.startswith("hopper") else ()
+    return Compiled(name, arch, registers, stack, compiled.metadata.shared, overlapped)
+
+
+def overlapped_exponentials(instructions: list[str]) -> tuple[int, ...]:
+    """For each wait that leaves one product in flight: exponentials issued before the wait for that product.
+
+    Nothing in PTX orders arithmetic against that wait, so ptxas may sink the exponentials past it; then a warpgroup's
+    softmax no longer hides its own PV although the source says so.
+    """
+    counts, counting = [], False
+    for line in instructions:
+        if "DEPBAR.LE gsb0, 0x1" in line:
+            counts.append(0)
+            counting = True
+        elif "DEPBAR.LE gsb0, 0x0" in line:
+            counting = False
+        elif counting and "MUFU.EX2" in line:
+            counts[-1] += 1
+    return tuple(counts)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -139,12 +208,25 @@ def every_kernel(arch: str) -> Iterator[Compiled]:
     for head_dim in (64, 128):
         yield portable_attention(arch, "bf16", head_dim, (128, 128), byproducts=True)
         yield portable_attention(arch, "fp32", head_dim, (128, 128), byproducts=False)
+    if arch == "sm90":
+        for head_dim, block_n, byproducts in product((64, 128), (128, 64), (False, True)):
+            yield hopper_attention("bf16", head_dim, block_n, byproducts=byproducts)
+
+
+def few_kernels(arch: str) -> Iterator[Compiled]:
+    """The ones most calls use."""
+    yield portable_attention(arch, "bf16", 128, (128, 128), byproducts=True)
+    yield portable_attention(arch, "fp16", 64, (64, 64), byproducts=False)
+    if arch == "sm90":
+        yield hopper_attention("bf16", 128, 128, byproducts=False)
+        yield hopper_attention("bf16", 64, 128, byproducts=True)
 
 
 def main() -> None:
-    """Compile everything for the architectures named on the command line (all, if none is)."""
-    for arch in sys.argv[1:] or ARCHITECTURES:
-        for compiled in every_kernel(arch):
+    """Compile for the architectures named on the command line (all, if none is)."""
+    quick = "--quick" in sys.argv
+    for arch in [a for a in sys.argv[1:] if a != "--quick"] or ARCHITECTURES:
+        for compiled in (few_kernels if quick else every_kernel)(arch):
             print(json.dumps(asdict(compiled)), flush=True)  # noqa: T201
 
 

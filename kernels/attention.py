@@ -8,7 +8,8 @@ with `j` running over the tokens of the key blocks that the mask keeps for the q
 |-------------|--------|------------------|----------|--------------------------------------------------------|
 | `reference` | any    | fp16, bf16, fp32 | any      | slow and obvious; defines the others                   |
 | `cpu`       | CPU    | fp16, bf16, fp32 | any      | faster than dense attention below `CPU_BREAK_EVEN`     |
-| `triton`    | CUDA   | fp16, bf16, fp32 | 64, 96, 128, 256 | portable kernel, SM80 and newer; block sizes that are multiples of 16 |
+| `triton`    | CUDA   | fp16, bf16, fp32 | 64, 96, 128, 256 | portable kernel, SM80 and newer; blocks of multiples of 16 |
+| `gluon`     | SM90   | fp16, bf16       | 64, 96, 128 | Hopper kernel (TMA, warp specialisation); blocks 128x128, 128x64 |
 
 The vote is LiteAttention's (arXiv 2511.11062); the exact block mass under a cached log-sum-exp is AdaSpa's
 (arXiv 2502.21079).
@@ -36,6 +37,7 @@ _BACKENDS = {
     "reference": "sparsediff.kernels._block_sparse_reference",
     "cpu": "sparsediff.kernels._block_sparse_cpu",
     "triton": "sparsediff.kernels._block_sparse_triton",
+    "gluon": "sparsediff.kernels._block_sparse_gluon",
 }
 
 
@@ -181,15 +183,20 @@ def select_backend(
             return BackendChoice(
                 "reference", f"{why_not}: correct, but slower than dense attention"
             )
-        return BackendChoice("triton", "portable Triton kernel")
+        if why_not := _why_not_gluon(device, dtype, head_dim, block_size):
+            return BackendChoice("triton", f"portable Triton kernel (the Hopper kernel {why_not})")
+        return BackendChoice(
+            "gluon", "Hopper kernel; calls with kv_lengths or mass take the portable one"
+        )
     if backend not in _BACKENDS:
         raise ValueError(
             f"unknown backend {backend!r}; use 'auto' or one of {', '.join(_BACKENDS)}"
         )
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' needs CPU tensors, got {device.type}; use 'auto'")
-    if backend == "triton" and (why_not := _why_not_triton(device, dtype, head_dim, block_size)):
-        raise ValueError(f"backend 'triton' cannot run here: {why_not}; use 'auto'")
+    limits = {"triton": _why_not_triton, "gluon": _why_not_gluon}
+    if backend in limits and (why_not := limits[backend](device, dtype, head_dim, block_size)):
+        raise ValueError(f"backend {backend!r} cannot run here: {why_not}; use 'auto'")
     return BackendChoice(backend, "asked for by name")
 
 
@@ -200,6 +207,7 @@ def available_backends() -> dict[str, str]:
         "reference": "",
         "cpu": "",
         "triton": _why_not_triton(device, torch.bfloat16, 128, (128, 128)),
+        "gluon": _why_not_gluon(device, torch.bfloat16, 128, (128, 128)),
     }
 
 
@@ -224,6 +232,21 @@ def _why_not_triton(
     except ValueError as error:
         return str(error)
     return ""
+
+
+def _why_not_gluon(
+    device: torch.device, dtype: torch.dtype, head_dim: int, block_size: tuple[int, int]
+) -> str:
+    """One line on what keeps the Hopper kernel from serving such a call, or ""."""
+    if device.type != "cuda":
+        return f"needs a CUDA device, got {device.type}"
+    # Whatever it hands on, the portable kernel has to serve.
+    if why_not := _why_not_triton(device, dtype, head_dim, block_size):
+        return why_not
+    from sparsediff.kernels.tuning import why_not_hopper
+
+    capability = torch.cuda.get_device_capability(device)
+    return why_not_hopper(capability, dtype.itemsize * 8, head_dim, tuple(block_size))
 
 
 # -- checks -------------------------------------------------------------------------------------------------------

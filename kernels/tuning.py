@@ -17,6 +17,10 @@ _CONFIGS = Path(__file__).parent / "configs"
 HEAD_DIMS = (64, 96, 128, 256)
 
 
+# The versions of Triton under which the Hopper kernel is compiled and its machine code checked: [first, end).
+GLUON_VERSIONS = ((3, 6), (3, 8))
+
+
 class Tile(NamedTuple):
     """How one program of the portable kernel is cut."""
 
@@ -58,6 +62,34 @@ def architecture(capability: tuple[int, int]) -> str:
             f"compute capability {capability} is too old for the Triton kernels; they need 8.0"
         )
     return f"sm{older[-1]}"
+
+
+def hopper_ring(block_n: int, block_d: int) -> tuple[int, bool]:
+    """Stages of the Hopper kernel's ring, and whether the output must share Q's buffers to make room for them.
+
+    Three stages of 64 KB give TMA a full turn and fill the 227 KB of an SM; smaller tiles leave room for both.
+    """
+    if block_d == 64:
+        return 4, False
+    return (3, True) if block_n == 128 else (5, False)
+
+
+def why_not_hopper(
+    capability: tuple[int, int], bits: int, head_dim: int, block_size: tuple[int, int]
+) -> str:
+    """One line on what keeps the Hopper kernel from serving such a call, or ""."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if capability[0] != 9:
+        return f"needs compute capability 9.x, got {capability[0]}.{capability[1]}"
+    if not GLUON_VERSIONS[0] <= version < GLUON_VERSIONS[1]:
+        return f"proven under Triton 3.6 and 3.7, got {triton.__version__}"
+    if bits != 16:
+        return "serves fp16 and bf16"
+    if head_dim not in (64, 96, 128):
+        return f"serves head_dim 64, 96 and 128, got {head_dim}"
+    if block_size not in ((128, 128), (128, 64)):
+        return f"serves blocks of (128, 128) and (128, 64) tokens, got {block_size}"
+    return ""
 
 
 def interpreting() -> bool:

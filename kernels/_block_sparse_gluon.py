@@ -1,0 +1,116 @@
+"""Launches the Hopper kernel.  Gluon is experimental in Triton: only the versions it was compiled under are used."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sparsediff.block_mask import BlockMask
+from sparsediff.kernels import _block_sparse_triton, block_lists
+from sparsediff.kernels._block_sparse_sm90 import block_sparse_fwd_sm90
+from sparsediff.kernels.tuning import hopper_ring
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float,
+    kv_lengths: Tensor | None = None,
+    vote_threshold: float | None = None,
+    lse_prev: Tensor | None = None,
+    want_lse: bool = False,
+    want_mass: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Same contract as `_block_sparse_reference.attend`; no host synchronisation.
+
+    Calls with key lengths, or that ask for mass, go to the portable kernel: TMA cannot hide the keys past a length
+    that only the device knows, and a block's mass needs a sum across warps inside the loop.
+    """
+    if kv_lengths is not None or want_mass:
+        return _block_sparse_triton.attend(
+            query,
+            key,
+            value,
+            mask,
+            scale=scale,
+            kv_lengths=kv_lengths,
+            vote_threshold=vote_threshold,
+            lse_prev=lse_prev,
+            want_lse=want_lse,
+            want_mass=want_mass,
+        )
+    batch, seq_q, heads, head_dim = query.shape
+    (mq, nk), device = mask.num_blocks, query.device
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = torch.empty(batch, heads, seq_q, device=device) if want_lse else None
+    vote = None
+    if vote_threshold is not None:
+        vote = torch.zeros(batch, heads, mq, nk, device=device, dtype=torch.bool)
+    num_rows = batch * heads * mq
+    if num_rows == 0:
+        return out, lse, vote, None
+    counts, order = block_lists.order(mask.kv_num_blocks, batch, heads)
+    lists = mask.kv_indices.contiguous().expand(batch, heads, mq, nk)
+    block_n, block_d = mask.block_size[1], 64 if head_dim == 64 else 128
+    ring, alias = hopper_ring(block_n, block_d)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    block_sparse_fwd_sm90[(min(processors, num_rows),)](
+        # inputs and output
+        _descriptor(query, 64, block_d),
+        _descriptor(key, block_n, block_d),
+        _descriptor(value, block_n, block_d),
+        _descriptor(out, 64, block_d),
+        # by-products; a pointer that its flag switches off still has to be a tensor
+        out if lse is None else lse,
+        counts if vote is None else vote.view(torch.uint8),
+        # mask
+        counts,
+        lists,
+        order,
+        *lists.stride()[:2],
+        # numbers
+        scale,
+        0.0 if vote_threshold is None else vote_threshold,
+        heads,
+        seq_q,
+        key.shape[1],
+        mq,
+        nk,
+        num_rows,
+        # what is compiled
+        RING=ring,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        ALIAS=alias,
+        WITH_LSE=lse is not None,
+        WITH_VOTE=vote is not None,
+        num_warps=4,
+        # 3 x 128 + 32 threads share 64k registers at the start; the consumers then take 240 each
+        maxnreg=168,
+    )
+    return out, lse, vote, None
+
+
+def _descriptor(x: Tensor, rows: int, block_d: int) -> TensorDescriptor:
+    """TMA view `[B, H, S, D]` of a `[B, S, H, D]` tensor, in boxes of `rows x block_d`."""
+    view = _aligned(x).transpose(1, 2)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    # The stride of a dimension of size 1 is never used, but it is checked.
+    strides = [
+        step if size > 1 else view.shape[-1] * 8
+        for step, size in zip(view.stride(), view.shape, strict=True)
+    ]
+    strides[-1] = 1
+    return TensorDescriptor(view, list(view.shape), strides, [1, 1, rows, block_d], layout)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """TMA wants a unit last stride and everything else on 16 bytes; a tensor that is not so is copied."""
+    steps = [step for step, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
+    fits = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in steps)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
