@@ -26,13 +26,16 @@ def assert_close_to_exact(actual: Tensor, exact: Tensor, baseline: Tensor) -> No
     assert error <= budget, f"max error {error:.2e} is over the budget {budget:.2e}"
 
 
-def random_wan_pipeline(variant: str = "t2v", *, layers: int = 2, seed: int = 0):
+def random_wan_pipeline(
+    variant: str = "t2v", *, layers: int = 2, head_dim: int = 12, seed: int = 0
+):
     """A `WanPipeline` (or `WanImageToVideoPipeline`, `WanVACEPipeline`) of random weights, in float32 on the CPU.
 
     Args:
         variant: `"t2v"` (Wan 2.1), `"t2v-2.2"` (two experts), `"ti2v-2.2"` (one timestep a token), `"i2v"` (Wan 2.1,
             image tokens in cross-attention) or `"vace"`.
         layers: transformer blocks.
+        head_dim: channels of an attention head; CUDA kernels want 64 or more.
         seed: of the weights.
     """
     import diffusers
@@ -45,17 +48,17 @@ def random_wan_pipeline(variant: str = "t2v", *, layers: int = 2, seed: int = 0)
             "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         }
         if variant == "t2v":
-            return diffusers.WanPipeline(transformer=_wan_transformer(layers), **parts)
+            return diffusers.WanPipeline(transformer=_wan_transformer(layers, head_dim), **parts)
         if variant == "t2v-2.2":
             return diffusers.WanPipeline(
-                transformer=_wan_transformer(layers),
-                transformer_2=_wan_transformer(layers),
+                transformer=_wan_transformer(layers, head_dim),
+                transformer_2=_wan_transformer(layers, head_dim),
                 boundary_ratio=0.6,
                 **parts,
             )
         if variant == "ti2v-2.2":
             return diffusers.WanPipeline(
-                transformer=_wan_transformer(layers), expand_timesteps=True, **parts
+                transformer=_wan_transformer(layers, head_dim), expand_timesteps=True, **parts
             )
         if variant == "i2v":
             from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
@@ -65,24 +68,24 @@ def random_wan_pipeline(variant: str = "t2v", *, layers: int = 2, seed: int = 0)
                 image_size=32, intermediate_size=16, patch_size=1,
             )  # fmt: skip
             return diffusers.WanImageToVideoPipeline(
-                transformer=_wan_transformer(layers, in_channels=36, image_dim=4),
+                transformer=_wan_transformer(layers, head_dim, in_channels=36, image_dim=4),
                 image_encoder=CLIPVisionModel(vision).eval(),
                 image_processor=CLIPImageProcessor(crop_size=32, size=32),
                 **parts,
             )
         if variant == "vace":
             transformer = diffusers.WanVACETransformer3DModel(
-                **_wan_sizes(layers), vace_layers=[0, layers - 1], vace_in_channels=96
+                **_wan_sizes(layers, head_dim), vace_layers=[0, layers - 1], vace_in_channels=96
             ).eval()
             return diffusers.WanVACEPipeline(transformer=_make_local(transformer), **parts)
     raise ValueError(f"unknown variant {variant!r}; known: t2v, t2v-2.2, ti2v-2.2, i2v, vace")
 
 
-def _wan_sizes(layers: int) -> dict:
+def _wan_sizes(layers: int, head_dim: int) -> dict:
     return {
         "patch_size": (1, 2, 2),
         "num_attention_heads": 2,
-        "attention_head_dim": 12,
+        "attention_head_dim": head_dim,
         "in_channels": 16,
         "out_channels": 16,
         "text_dim": 32,
@@ -95,10 +98,10 @@ def _wan_sizes(layers: int) -> dict:
     }
 
 
-def _wan_transformer(layers: int, **changes):
+def _wan_transformer(layers, head_dim: int, **changes):
     from diffusers import WanTransformer3DModel
 
-    return _make_local(WanTransformer3DModel(**{**_wan_sizes(layers), **changes}).eval())
+    return _make_local(WanTransformer3DModel(**{**_wan_sizes(layers, head_dim), **changes}).eval())
 
 
 @torch.no_grad()
