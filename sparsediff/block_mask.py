@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparsediff.kernels.block_lists import lists_from_bitmap, lists_from_dense
 from sparsediff.token_grid import TokenGrid
 
 if TYPE_CHECKING:
@@ -73,9 +74,7 @@ class BlockMask:
             raise ValueError(
                 f"sequences {seq_lengths} in blocks {block_size} need a {blocks} map, got {list(keep.shape[2:])}"
             )
-        # A stable sort of "dropped" puts the kept columns first and leaves both groups ascending.
-        indices = keep.logical_not().to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
-        return cls(keep.sum(-1, dtype=torch.int32), indices, tuple(block_size), tuple(seq_lengths))
+        return cls(*lists_from_dense(keep), tuple(block_size), tuple(seq_lengths))
 
     @classmethod
     def full(
@@ -97,8 +96,8 @@ class BlockMask:
         cls, bitmap: Tensor, block_size: tuple[int, int], seq_lengths: tuple[int, int]
     ) -> BlockMask:
         """The inverse of `to_bitmap`."""
-        keep = unpack_bits(bitmap, _num_blocks(seq_lengths, block_size)[1])
-        return cls.from_dense(keep, block_size, seq_lengths)
+        columns = _num_blocks(seq_lengths, block_size)[1]
+        return cls(*lists_from_bitmap(bitmap, columns), tuple(block_size), tuple(seq_lengths))
 
     @classmethod
     def from_flex(cls, mask: FlexBlockMask) -> BlockMask:
