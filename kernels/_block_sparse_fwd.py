@@ -211,7 +211,8 @@ def block_sparse_fwd(
     i_kv = tl.load(p_list + tl.maximum(count - 1, 0))
     b_mass = tl.zeros([1], tl.float32)
     o_one = tl.arange(0, 1)
-    for i_sub in tl.static_range(SUB_N):
+    # Not unrolled and not pipelined: it would take registers and shared memory from the loop that matters.
+    for i_sub in tl.range(0, SUB_N, num_stages=1):
         start = i_kv * KV_BLOCK + (SUB_N - 1 - i_sub) * BLOCK_N
         b_acc, b_m, b_l, b_top, b_sum, b_shift = _visit(
             b_q, p_k, p_v, stride_ks, stride_vs, start, length, b_m, b_l, b_acc, qk_scale, m_d,
