@@ -191,7 +191,7 @@ def exam(count: int) -> tuple[render.Scenes, list[str]]:
 
 def score(args: argparse.Namespace) -> None:
     """Generate the exam, judge it, write JSON and a sample sheet."""
-    from .sheets import sheet
+    from .sheets import animation, sheet
 
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -236,6 +236,8 @@ def score(args: argparse.Namespace) -> None:
                 prompts[: args.sheet],
                 args.out / f"{args.model}-{steps}-{guidance:g}.png",
             )
+            if len(results["runs"]) == 1:
+                animation(video[:12], prompts[:12], args.out / f"{args.model}.gif")
             (args.out / f"{args.model}-score.json").write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -76,6 +76,32 @@ RECIPES = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderRecipe:
+    """Clip sizes as training goes on: up to a fraction, so many frames of so many pixels, so many clips.
+
+    All convolutions are causal and, over 61 frames, all of them still see the beginning of the clip.  A decoder that
+    has only met 17 frames falls from 40 to 20 dB on the frames after them, so long clips must be part of it.
+    """
+
+    phases: tuple[tuple[float, int, int, int], ...]
+    learning_rate: float = 1.2e-3
+    warmup: int = 100
+    fresh: bool = True
+    decoder_only: bool = False  # the latents stay what they are, so a denoiser trained on them stays valid
+    exam: tuple[int, int, int, int] = (33, 128, 16, 4)  # frames, size, batch, rounds
+
+
+AUTOENCODER_RECIPES = {
+    "whole": AutoencoderRecipe(phases=((0.65, 17, 64, 16), (0.85, 61, 64, 6), (1.0, 33, 128, 4))),
+    "start": AutoencoderRecipe(phases=((0.8, 17, 64, 16), (1.0, 17, 128, 6))),
+    "longer": AutoencoderRecipe(phases=((1.0, 61, 64, 6),), learning_rate=6e-4, warmup=20, fresh=False),
+    "decoder": AutoencoderRecipe(phases=((1.0, 33, 128, 4),), learning_rate=4e-4, warmup=20, fresh=False, decoder_only=True),
+    "toy": AutoencoderRecipe(phases=((1.0, 5, 32, 2),), warmup=2, exam=(5, 32, 2, 1)),
+    "toy-decoder": AutoencoderRecipe(phases=((1.0, 5, 32, 2),), fresh=False, decoder_only=True, exam=(5, 32, 2, 1)),
+}  # fmt: skip
+
+
 @dataclass
 class Budget:
     """How far a chunk has come, by iterations or by the clock."""
@@ -184,28 +210,30 @@ def train_autoencoder(args: argparse.Namespace, world: World, log: Log) -> None:
     The noise teaches the decoder to shrug off the small errors a diffusion model makes.
     """
     device, cuda = world.device, world.device.type == "cuda"
+    recipe = AUTOENCODER_RECIPES[args.recipe]
     torch.manual_seed(args.seed)
-    model = models.build_autoencoder().to(device)
-    clips = ClipAutoencoder(model, compile=cuda, channels_last=channels_last(world, args, log))
+    model = models.build_autoencoder()
+    if not recipe.fresh:
+        load_autoencoder(model, args.out)
+    clips = ClipAutoencoder(
+        model.to(device), compile=cuda, channels_last=channels_last(world, args, log)
+    )
     world.same_weights(model.parameters())
-    # the class has a log variance that nothing here trains; it is pinned to nearly none
-    parameters = list(model.parameters())
+    learning = [model.decoder, model.post_quant_conv] if recipe.decoder_only else [model]
+    model.requires_grad_(False)
+    parameters = [p.requires_grad_() for part in learning for p in part.parameters()]
     optimizer = torch.optim.AdamW(
         parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-4, fused=cuda
     )
-    generator, noise = (
-        seeded(args.seed, 1, world.rank),
-        torch.Generator(device).manual_seed(args.seed + world.rank),
-    )
-    toy = not cuda
+    generator = seeded(args.seed, 1, world.rank, *map(ord, args.recipe))
+    noise = torch.Generator(device).manual_seed(args.seed + world.rank)
     for fraction in (budget := Budget(world, args.seconds, args.iterations)):
-        rate = 1.2e-3 * min(1, (budget.iteration + 1) / 100) * (1 - fraction) + 1e-6
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        frames, size, batch = (
-            (5, 32, 2) if toy else (17, 64, 16) if fraction < 0.8 else (17, 128, 6)
-        )
-        video = render.render(render.sample_scenes(batch, generator), frames, size, size, device)
+        warming = min(1, (budget.iteration + 1) / recipe.warmup)
+        rate = recipe.learning_rate * warming * (1 - fraction) + 1e-6
+        optimizer.param_groups[0]["lr"] = rate
+        frames, size, batch = next(clip for until, *clip in recipe.phases if fraction < until)
+        scenes = render.sample_scenes(batch, generator)
+        video = render.render(scenes, frames, size, size, device)
         with mixed_precision(device):
             latents = clips.encode(video).float()
             level = 0.2 * torch.rand(batch, 1, 1, 1, 1, device=device, generator=noise)
@@ -221,46 +249,51 @@ def train_autoencoder(args: argparse.Namespace, world: World, log: Log) -> None:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if budget.iteration % 200 == 0:
-            log(stage="autoencoder", iteration=budget.iteration, size=size, loss=loss.item(), rate=rate,
-                psnr_noisy=psnr(out, video).mean().item(), pull=pull.item())  # fmt: skip
-    finish_autoencoder(model, clips, args, world, log)
+            log(stage="autoencoder", recipe=args.recipe, iteration=budget.iteration, size=size, rate=rate,
+                loss=loss.item(), psnr_noisy=psnr(out, video).mean().item(), pull=pull.item())  # fmt: skip
+    log(stage="autoencoder", recipe=args.recipe, iteration=budget.iteration)
+    finish_autoencoder(model.requires_grad_(False), recipe, args, world, log)
     world.leave()
 
 
 @torch.no_grad()
 def finish_autoencoder(
-    model: nn.Module, clips: ClipAutoencoder, args: argparse.Namespace, world: World, log: Log
+    model: nn.Module,
+    recipe: AutoencoderRecipe,
+    args: argparse.Namespace,
+    world: World,
+    log: Log,
 ) -> None:
-    """Normalise the latents, measure on held-out clips, save."""
-    toy = world.device.type == "cpu"
-    frames, size, batch, rounds = (5, 32, 2, 1) if toy else (33, 128, 16, 4)
-    model.float()
-    norm_silu, clips.norm_silu = clips.norm_silu, ClipAutoencoder(model).norm_silu
-    generator = seeded(args.seed, 2)
-    latents = []
-    for _ in range(rounds):
-        scenes = render.sample_scenes(batch, generator)
-        latents.append(clips.encode(render.render(scenes, frames, size, size, world.device)))
-    values = torch.cat(latents).transpose(0, 1).flatten(1)
-    normalise_latents(model, values.mean(1), values.std(1))
-    model.quant_conv.weight[models.LATENT_CHANNELS :] = 0
-    model.quant_conv.bias[models.LATENT_CHANNELS :] = -12.0
+    """Normalise the latents of a fresh model, measure on held-out clips, save."""
+    clips, generator = ClipAutoencoder(model), seeded(args.seed, 2)
+    frames, size, batch, rounds = recipe.exam
+
+    def held_out(held_out: bool) -> Tensor:
+        scenes = render.sample_scenes(batch, generator, held_out=held_out)
+        return render.render(scenes, frames, size, size, world.device)
+
+    if recipe.fresh:
+        latents = torch.cat([clips.encode(held_out(False)) for _ in range(rounds)])
+        values = latents.transpose(0, 1).flatten(1)
+        normalise_latents(model, values.mean(1), values.std(1))
+        # nothing here trains the log variance that the class has; it is pinned to nearly none
+        model.quant_conv.weight[models.LATENT_CHANNELS :] = 0
+        model.quant_conv.bias[models.LATENT_CHANNELS :] = -12.0
     scores = []
     for _ in range(rounds):
-        video = render.render(
-            render.sample_scenes(batch, generator, held_out=True), frames, size, size, world.device
-        )
+        video = held_out(True)
         scores.append(psnr(clips.decode(clips.encode(video)).clamp(-1, 1), video))
     scores = torch.cat(scores)
-    log(
-        stage="autoencoder",
-        held_out_psnr=scores.mean().item(),
-        worst=scores.min().item(),
-        clips=len(scores),
-    )
-    clips.norm_silu = norm_silu
+    log(stage="autoencoder", recipe=args.recipe, held_out_psnr=scores.mean().item(),
+        worst=scores.min().item(), clips=len(scores), frames=frames, size=size)  # fmt: skip
     if world.rank == 0:
         save_weights(model, args.out / "autoencoder.safetensors")
+
+
+def load_autoencoder(model: nn.Module, folder: Path) -> None:
+    """Fill `model` with what an earlier chunk saved."""
+    stored = load_file(folder / "autoencoder.safetensors")
+    model.load_state_dict({k: v.float() for k, v in stored.items()})
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -439,9 +472,7 @@ def load_chunk(pipe, args: argparse.Namespace) -> None:
         for part in ("vae", "transformer", "text_encoder"):
             getattr(pipe, part).load_state_dict(getattr(shipped, part).state_dict())
         return
-    pipe.vae.load_state_dict(
-        {k: v.float() for k, v in load_file(args.out / "autoencoder.safetensors").items()}
-    )
+    load_autoencoder(pipe.vae, args.out)
     average = args.out / args.model / "average.safetensors"
     if average.exists():
         restore_raw(pipe, average)
@@ -475,7 +506,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("stage", choices=("autoencoder", "denoiser", "export"))
     parser.add_argument("--model", choices=sorted(TASKS), default="tiny-wan")
-    parser.add_argument("--recipe", choices=sorted(RECIPES), default="whole")
+    parser.add_argument(
+        "--recipe", choices=sorted({*RECIPES, *AUTOENCODER_RECIPES}), default="whole"
+    )
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--iterations", type=int)
     parser.add_argument("--encode-seconds", type=float, default=math.inf)
@@ -492,7 +525,7 @@ def main(argv: list[str] | None = None) -> None:
     if world.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = args.stage == "autoencoder"
-    log = Log(world, args.out / f"log-{args.stage}-{args.model}.jsonl")
+    log = Log(world, args.out / f"log-{args.stage}-{args.model if args.stage != 'autoencoder' else args.recipe}.jsonl")
     {"autoencoder": train_autoencoder, "denoiser": train_denoiser, "export": export}[args.stage](
         args, world, log
     )
