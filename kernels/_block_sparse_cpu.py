@@ -61,7 +61,9 @@ def attend(
     mass = torch.zeros(num_rows, nk + 1, dtype=torch.float32) if want_mass else None
     previous = None if lse_prev is None else _blocked(lse_prev.mT[..., None], bq, compute)[..., 0]
 
-    for start, stop in _chunks(sorted_counts, bq * bk):
+    chunks = _chunks(sorted_counts, bq * bk)
+    work = _Workspace(chunks, sorted_counts, bq, bk, head_dim, compute)
+    for start, stop in chunks:
         rows, width = order[start:stop], sorted_counts[start]
         valid, slots = tokens[rows], torch.arange(width) < counts[rows, None]
         blocks = lists[list_row[rows], :width].long()
@@ -69,14 +71,20 @@ def attend(
         blocks = torch.where(slots, blocks, last)  # entries past the count are arbitrary
         flat = (blocks + (rows // mq * nk)[:, None]).flatten()
 
-        b_k, b_v = (x.index_select(0, flat).view(len(rows), width * bk, head_dim) for x in (k, v))
-        scores = torch.bmm(q[rows], b_k.mT)  # [rows, bq, width * bk]
+        b_k = torch.index_select(k, 0, flat, out=work.key(len(flat))).view(
+            len(rows), width * bk, head_dim
+        )
+        b_v = torch.index_select(v, 0, flat, out=work.value(len(flat))).view(
+            len(rows), width * bk, head_dim
+        )
+        b_q = torch.index_select(q, 0, rows, out=work.query(len(rows)))
+        scores = torch.bmm(b_q, b_k.mT, out=work.scores(len(rows), width))  # [rows, bq, width * bk]
         # Lists ascend, so what a row may see is a prefix of its gathered keys.
         if (low := int(valid.min())) < width * bk:
             beyond = torch.arange(low, width * bk) >= valid[:, None]
             scores[:, :, low:].masked_fill_(beyond[:, None], -math.inf)
-        probabilities = torch.softmax(scores, -1)
-        out.index_copy_(0, rows, torch.bmm(probabilities, b_v))
+        probabilities = torch.softmax(scores, -1, out=work.probabilities(len(rows), width))
+        out.index_copy_(0, rows, torch.bmm(probabilities, b_v, out=work.output(len(rows))))
 
         if vote is None and lse is None:
             continue
@@ -104,6 +112,55 @@ def attend(
         None if vote is None else vote[:, :nk].contiguous().view(batch, heads, mq, nk),
         None if mass is None else mass[:, :nk].contiguous().view(batch, heads, mq, nk),
     )
+
+
+class _Workspace:
+    """Buffers for the largest chunk, allocated once: fresh pages for every chunk cost as much as the products."""
+
+    def __init__(
+        self,
+        chunks: list[tuple[int, int]],
+        sorted_counts: list[int],
+        bq: int,
+        bk: int,
+        head_dim: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.bq, self.bk, self.head_dim = bq, bk, head_dim
+        rows = max((stop - start for start, stop in chunks), default=0)
+        blocks = max(((stop - start) * sorted_counts[start] for start, stop in chunks), default=0)
+        self._query, self._output = (
+            torch.empty(rows * bq * head_dim, dtype=dtype) for _ in range(2)
+        )
+        self._key, self._value = (
+            torch.empty(blocks * bk * head_dim, dtype=dtype) for _ in range(2)
+        )
+        self._scores, self._probabilities = (
+            torch.empty(blocks * bq * bk, dtype=dtype) for _ in range(2)
+        )
+
+    def query(self, rows: int) -> Tensor:
+        return _leading(self._query, rows, self.bq, self.head_dim)
+
+    def output(self, rows: int) -> Tensor:
+        return _leading(self._output, rows, self.bq, self.head_dim)
+
+    def key(self, blocks: int) -> Tensor:
+        return _leading(self._key, blocks, self.bk * self.head_dim)
+
+    def value(self, blocks: int) -> Tensor:
+        return _leading(self._value, blocks, self.bk * self.head_dim)
+
+    def scores(self, rows: int, width: int) -> Tensor:
+        return _leading(self._scores, rows, self.bq, width * self.bk)
+
+    def probabilities(self, rows: int, width: int) -> Tensor:
+        return _leading(self._probabilities, rows, self.bq, width * self.bk)
+
+
+def _leading(flat: Tensor, *shape: int) -> Tensor:
+    """A contiguous view of the first elements of a flat buffer."""
+    return flat[: math.prod(shape)].view(shape)
 
 
 def _blocked(x: Tensor, block: int, dtype: torch.dtype) -> Tensor:

@@ -111,7 +111,14 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="one by default: threads that wait also burn CPU time",
+    )
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     with torch.inference_mode():
         records = [
             r for seq in args.seq for r in measure(seq, args.heads, args.head_dim, args.repeats)
