@@ -18,6 +18,7 @@ The vote is LiteAttention's (arXiv 2511.11062); the exact block mass under a cac
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import NamedTuple
 
@@ -175,7 +176,17 @@ def select_backend(
     Raises:
         ValueError: if `backend` is unknown or cannot serve it; the message names what can.
     """
-    device = torch.device(device)
+    return _select(torch.device(device), dtype, head_dim, tuple(block_size), backend)
+
+
+@cache
+def _select(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: tuple[int, int],
+    backend: str,
+) -> BackendChoice:
     if backend == "auto":
         if device.type == "cpu":
             return BackendChoice("cpu", "CPU tensors: gathered blocks in plain torch")

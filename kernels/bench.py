@@ -24,11 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.runtime.errors import OutOfResources
 
 from sparsediff.block_mask import BlockMask
 from sparsediff.kernels import block_lists, block_scores
 from sparsediff.kernels._block_sparse_reference import attend as reference
+from sparsediff.kernels._block_sparse_triton import launch
 from sparsediff.kernels.attention import attend_blocks
+from sparsediff.kernels.tuning import Tile
 
 # (batch, heads, tokens, head_dim): Wan 14B 720p, HunyuanVideo 720p, Wan 1.3B 480p, CogVideoX 1.5
 SHAPES = {
@@ -42,13 +45,20 @@ DEVICE = "cuda"
 
 # Parts and their limits in seconds; those of one group run side by side.
 GROUPS = (
-    {"check_gluon": 100, "check_triton": 100, "check_triton_more": 110, "check_lists": 60},
+    {
+        "check_gluon": 110,
+        "check_gluon_more": 110,
+        "check_triton": 110,
+        "check_triton_more": 110,
+        "check_lists": 60,
+    },
     {"time_dense": 45},
     {"time_gluon": 60},
     {"time_triton": 50},
     {"time_byproducts": 60},
     {"time_lists": 40},
     {"check_compile": 60},
+    {"time_tiles": 45},
 )
 
 
@@ -192,17 +202,18 @@ CHECK_SIZES = ((1, 2, 1000, 1000), (2, 3, 129, 771), (1, 1, 64, 65), (1, 4, 2048
 
 
 def check_gluon() -> Iterator[dict]:
-    """The Hopper kernel in every form it is compiled in."""
-    for dim, block, dtype in (
-        (128, (128, 128), torch.bfloat16),
-        (128, (128, 128), torch.float16),
-        (96, (128, 128), torch.bfloat16),
-        (64, (128, 128), torch.bfloat16),
-        (128, (128, 64), torch.bfloat16),
-        (64, (128, 64), torch.float16),
-    ):
-        yield from check_backend("gluon", dim, block, dtype)
+    """The Hopper kernel in its common form."""
+    yield from check_backend("gluon", 128, (128, 128), torch.bfloat16)
     yield check_graph("gluon")
+    yield from check_backend("gluon", 64, (128, 128), torch.bfloat16)
+    yield from check_backend("gluon", 96, (128, 128), torch.bfloat16)
+
+
+def check_gluon_more() -> Iterator[dict]:
+    """The Hopper kernel in its other forms."""
+    yield from check_backend("gluon", 128, (128, 64), torch.bfloat16)
+    yield from check_backend("gluon", 128, (128, 128), torch.float16)
+    yield from check_backend("gluon", 64, (128, 64), torch.float16)
 
 
 def check_triton() -> Iterator[dict]:
@@ -493,6 +504,36 @@ def time_triton() -> Iterator[dict]:
         ("cog45", 0.2, (64, 64)),
     ):
         yield time_attention("triton", shape, density, block)
+
+
+def time_tiles() -> Iterator[dict]:
+    """Other tiles for the portable kernel than `configs/` names: the numbers its tables are made from."""
+    for shape, block, tiles in (
+        (
+            "wan32",
+            (128, 128),
+            ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (64, 128, 4, 2)),
+        ),
+        ("wan32", (64, 64), ((64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 32, 4, 4))),
+        (
+            "cog45",
+            (128, 128),
+            ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3), (128, 64, 8, 4)),
+        ),
+    ):
+        size = SHAPES[shape]
+        q, k, v = make_inputs(size)
+        out = torch.empty_like(q)
+        mask = make_mask(size, block, 0.2)
+        for tile in map(Tile._make, tiles):
+            run = partial(launch, q, k, v, mask, scale=size[3] ** -0.5, tile=tile, out=out)
+            try:
+                ms = median_ms(run, 200)
+            except OutOfResources as error:
+                yield {"kind": "tile", "shape": shape, "tile": list(tile), "failure": str(error)}
+                continue
+            flops = tile_flops(mask, size[1], size[3])
+            yield timing(shape, f"triton tile {tuple(tile)}", 0.2, ms, flops, block=list(block))
 
 
 def time_byproducts() -> Iterator[dict]:

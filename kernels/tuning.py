@@ -52,6 +52,7 @@ def get_tile(
     )
 
 
+@cache
 def architecture(capability: tuple[int, int]) -> str:
     """Name of the newest configuration that is not newer than the device, such as `sm90`."""
     known = sorted(int(f.stem[2:]) for f in _CONFIGS.glob("sm*.json"))
