@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsediff.block_mask import BlockMask
+from sparsediff.kernels.attention import _why_not_triton
+
 
 def block_means(x: Tensor, block: int) -> Tensor:
     """Mean token of every block: `[B, S, H, D]` to `float32 [B, H, ceil(S / block), D]`; a ragged end is a true mean."""
@@ -83,17 +86,60 @@ def block_mass(
         scale: of the logits; `1 / sqrt(D)` unless given.
         lse: `float32 [B, H, Sq]` from an earlier dense pass; saves finding it again.  Rows where it is -inf
             contribute nothing.
-        chunk_bytes: temporaries stay under this (one query block against all keys of one head is the least).
+        chunk_bytes: temporaries stay under this (one query block against all keys of one head is the least); the
+            CUDA kernel needs none.
 
     Returns:
         A row of blocks sums to the number of its query rows (with this call's own `lse`).
     """
     _check_bshd(query=query, key=key)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.is_cuda and not _why_not_triton(
+        query.device, query.dtype, query.shape[-1], tuple(block_size)
+    ):
+        return block_mass_triton(query, key, block_size, scale=scale, lse=lse)
+    return block_mass_reference(
+        query, key, block_size, scale=scale, lse=lse, chunk_bytes=chunk_bytes
+    )
+
+
+def block_mass_triton(
+    query: Tensor,
+    key: Tensor,
+    block_size: tuple[int, int],
+    *,
+    scale: float,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """`block_mass` by the attention kernel without its values: one pass, and one before it to find `lse`."""
+    from sparsediff.kernels._block_sparse_triton import launch, pick_tile
+
+    batch, seq_q, heads, _ = query.shape
+    mask = BlockMask.full(block_size, (seq_q, key.shape[1]), device=query.device)
+    tile = pick_tile(query, mask)
+    if lse is None:
+        lse = torch.empty(batch, heads, seq_q, device=query.device)
+        launch(query, key, None, mask, scale=scale, tile=tile, lse=lse)
+    planes = block_size[0] // tile.block_m
+    mass = torch.zeros(planes, batch, heads, *mask.num_blocks, device=query.device)
+    launch(query, key, None, mask, scale=scale, tile=tile, mass=mass, lse_prev=lse)
+    return mass[0] if planes == 1 else mass.sum(0)
+
+
+def block_mass_reference(
+    query: Tensor,
+    key: Tensor,
+    block_size: tuple[int, int],
+    *,
+    scale: float,
+    lse: Tensor | None = None,
+    chunk_bytes: int = 256 << 20,
+) -> Tensor:
+    """`block_mass` in plain torch, a chunk of query blocks of one head at a time."""
     batch, seq_q, heads, dim = query.shape
     seq_k = key.shape[1]
     bq, bk = block_size
     mq, nk = -(-seq_q // bq), -(-seq_k // bk)
-    scale = dim**-0.5 if scale is None else scale
     mass = torch.empty(batch, heads, mq, nk, device=query.device, dtype=torch.float32)
     # Scores, their exponentials and one head's keys in float32.
     rows_bytes = 2 * bq * nk * bk * 4

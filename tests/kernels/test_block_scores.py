@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from sparsediff.kernels.block_scores import block_mass, block_means, pooled_scores
+from sparsediff.kernels.attention import _why_not_triton
+from sparsediff.kernels.block_scores import (
+    block_mass,
+    block_mass_triton,
+    block_means,
+    pooled_scores,
+)
 
 
 def make(*shape, seed=0, dtype=torch.float32):
@@ -59,6 +65,20 @@ def test_block_mass_with_a_cached_lse():
     )
     lse[0, 0, :64] = -torch.inf
     assert (block_mass(q, k, (64, 64), lse=lse)[0, 0, 0] == 0).all()
+
+
+@pytest.mark.skipif(
+    bool(_why_not_triton(torch.device("cpu"), torch.float32, 64, (64, 64))),
+    reason="needs TRITON_INTERPRET=1 (make test sets it)",
+)
+@pytest.mark.parametrize(("seq_q", "seq_k"), [(1, 65), (130, 64), (100, 200)])
+@pytest.mark.parametrize("cached", [False, True])
+def test_block_mass_kernel(seq_q, seq_k, cached):
+    q, k = make(1, seq_q, 2, 64), make(1, seq_k, 2, 64, seed=1)
+    lse = make(1, 2, seq_q, seed=2) + 4 if cached else None
+    got = block_mass_triton(q, k, (64, 32), scale=64**-0.5, lse=lse)
+    want = slow_mass(q, k, 64, 32, lse.double() if cached else None)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
 
 
 def test_wrong_layout_is_named():
