@@ -10,6 +10,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from sparsediff.block_mask import BlockMask
 from sparsediff.kernels import _block_sparse_triton, block_lists
 from sparsediff.kernels._block_sparse_sm90 import block_sparse_fwd_sm90
+from sparsediff.kernels.quantize import QuantizedPair, quantize_pair
 from sparsediff.kernels.tuning import hopper_ring
 
 
@@ -44,9 +45,59 @@ def attend(
             want_lse=want_lse,
             want_mass=want_mass,
         )
+    return _launch(query, key, value, mask, scale, vote_threshold, want_lse)
+
+
+def attend_int8(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float,
+    kv_lengths: Tensor | None = None,
+    vote_threshold: float | None = None,
+    lse_prev: Tensor | None = None,
+    want_lse: bool = False,
+    want_mass: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """`attend` with 8-bit logits; calls with key lengths, or that ask for mass or a vote, stay in 16 bits.
+
+    A vote compares logits with a threshold, and its margin for the rounding of 8 bits is not measured yet.
+    """
+    if kv_lengths is not None or want_mass or vote_threshold is not None:
+        return attend(
+            query,
+            key,
+            value,
+            mask,
+            scale=scale,
+            kv_lengths=kv_lengths,
+            vote_threshold=vote_threshold,
+            lse_prev=lse_prev,
+            want_lse=want_lse,
+            want_mass=want_mass,
+        )
+    pair = quantize_pair(query, key, mask.block_size[1])
+    out, lse, _, _ = _launch(pair.query, pair.key, value, mask, scale, None, want_lse, pair)
+    if lse is not None:
+        lse = lse + scale * pair.shift
+    return out, lse, None, None
+
+
+def _launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    scale: float,
+    vote_threshold: float | None,
+    want_lse: bool,
+    pair: QuantizedPair | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
     batch, seq_q, heads, head_dim = query.shape
     (mq, nk), device = mask.num_blocks, query.device
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    out = torch.empty(query.shape, dtype=value.dtype, device=device)
     lse = torch.empty(batch, heads, seq_q, device=device) if want_lse else None
     vote = None
     if vote_threshold is not None:
@@ -57,7 +108,7 @@ def attend(
     counts, order = block_lists.order(mask.kv_num_blocks, batch, heads)
     lists = mask.kv_indices.contiguous().expand(batch, heads, mq, nk)
     block_n, block_d = mask.block_size[1], 64 if head_dim == 64 else 128
-    ring, alias = hopper_ring(block_n, block_d)
+    ring, alias = hopper_ring(block_n, block_d, pair is not None)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     block_sparse_fwd_sm90[(min(processors, num_rows),)](
         # inputs and output
@@ -72,6 +123,8 @@ def attend(
         counts,
         lists,
         order,
+        counts if pair is None else pair.query_scale,
+        counts if pair is None else pair.key_scale,
         *lists.stride()[:2],
         # numbers
         scale,
@@ -89,6 +142,7 @@ def attend(
         ALIAS=alias,
         WITH_LSE=lse is not None,
         WITH_VOTE=vote is not None,
+        INT8=pair is not None,
         num_warps=4,
         # 3 x 128 + 32 threads share 64k registers at the start; the consumers then take 240 each
         maxnreg=168,
@@ -99,10 +153,12 @@ def attend(
 def _descriptor(x: Tensor, rows: int, block_d: int) -> TensorDescriptor:
     """TMA view `[B, H, S, D]` of a `[B, S, H, D]` tensor, in boxes of `rows x block_d`."""
     view = _aligned(x).transpose(1, 2)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    layout = gl.NVMMASharedLayout(
+        swizzle_byte_width=128, element_bitwidth=x.element_size() * 8, rank=4
+    )
     # The stride of a dimension of size 1 is never used, but it is checked.
     strides = [
-        step if size > 1 else view.shape[-1] * 8
+        step if size > 1 else view.shape[-1] * 16
         for step, size in zip(view.stride(), view.shape, strict=True)
     ]
     strides[-1] = 1
@@ -112,5 +168,8 @@ def _descriptor(x: Tensor, rows: int, block_d: int) -> TensorDescriptor:
 def _aligned(x: Tensor) -> Tensor:
     """TMA wants a unit last stride and everything else on 16 bytes; a tensor that is not so is copied."""
     steps = [step for step, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
-    fits = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in steps)
+    unit = 16 // x.element_size()
+    fits = (
+        x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in steps)
+    )
     return x if fits else x.clone(memory_format=torch.contiguous_format)

@@ -8,6 +8,10 @@ Stage j of the one ring holds K[j] and V[j-1], which the same turn reads (S_j = 
 and frees together: one wait and one arrival a tile.  The wait for stage j+1 stands between the exponentials and the
 wait for PV for a second reason: it ends a basic block there, without which ptxas sinks the exponentials past the wait
 and nothing overlaps PV.  `tests/kernels/test_aot.py` reads the machine code to keep it so.
+
+With `INT8` the logits come from 8-bit queries (a scale a row) and keys (a scale a block), as in SageAttention
+(arXiv 2411.10958).  Converting integers to floats would share a pipe with the exponentials, so the accumulator starts
+from the bits of 1.5 * 2**23: what the tensor cores add to it is then a float already, exact up to 2**22.
 """
 
 from triton.experimental import gluon
@@ -22,6 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 LOG2E = gl.constexpr(1.4426950408889634)  # exp(x) == exp2(x * LOG2E)
 LN2 = gl.constexpr(0.6931471805599453)
+MAGIC_BITS = gl.constexpr(0x4B400000)
+MAGIC = gl.constexpr(12582912.0)  # 1.5 * 2**23
 
 
 @gluon.jit
@@ -62,6 +68,25 @@ def _vote(b_gap, b_address):
         is_pure=False,
         pack=2,
     )
+
+
+@gluon.jit
+def _scores(
+    q_smem,
+    k_buffer,
+    BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    INT8: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Start S = Q K^T of one tile; see the file's docstring for the 8-bit accumulator."""
+    k_smem = k_buffer.reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
+    if INT8:
+        b_start = gl.full([64, BLOCK_N], MAGIC_BITS, gl.int32, LAYOUT)
+        return warpgroup_mma(q_smem, k_smem, b_start, use_acc=True, is_async=True)
+    else:
+        b_start = gl.zeros([64, BLOCK_N], gl.float32, LAYOUT)
+        return warpgroup_mma(q_smem, k_smem, b_start, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -175,6 +200,8 @@ def _consumer(
     kv_num_blocks_ptr,
     kv_indices_ptr,
     order_ptr,
+    q_scale_ptr,
+    k_scale_ptr,
     stride_ib,
     stride_ih,
     scale,
@@ -191,10 +218,13 @@ def _consumer(
     ALIAS: gl.constexpr,
     WITH_LSE: gl.constexpr,
     WITH_VOTE: gl.constexpr,
+    INT8: gl.constexpr,
     GROUP: gl.constexpr,
 ):
     DTYPE: gl.constexpr = v_bufs.dtype
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, 1], [16, BLOCK_N, 32 if INT8 else 16]
+    )
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROW_S: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
@@ -204,7 +234,6 @@ def _consumer(
     q_smem = q_bufs.index(GROUP).reshape([64, BLOCK_D])
     out_smem = out_bufs.index(GROUP)
     qk_scale = scale * LOG2E
-    b_zero = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
     if GROUP == 1:
         _assembly("bar.arrive 9, 256; mov.u32 $0, 0;")
     for t in range(gl.program_id(0), num_rows, gl.num_programs(0)):
@@ -224,25 +253,42 @@ def _consumer(
             b_threshold = gl.where(o_m < seq_q, vote_threshold, float("inf"))
             if GROUP == 0:
                 gl.store(vote_ptr + i_row.to(gl.int64) * kv_blocks + current, 1, mask=count > 0)
-            following = gl.load(p_list + gl.maximum(count - 2, 0))
+        if WITH_VOTE or INT8:
+            following = gl.where(count > 1, gl.load(p_list + gl.maximum(count - 2, 0)), 0)
 
         # The first tile, the only one that can be ragged
         mbarrier.wait(q_full.index(GROUP), q_phase)
         mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
         _take_turn(GROUP)
-        k_smem = k_bufs.index(turn % RING).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
-        b_s = warpgroup_mma(q_smem, k_smem, b_zero, use_acc=False, is_async=True)
+        b_s = _scores(q_smem, k_bufs.index(turn % RING), BLOCK_N, BLOCK_D, INT8, S_LAYOUT)
         _pass_turn(GROUP)
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
         mbarrier.arrive(empty.index(turn % RING), count=1)
+        b_scale = qk_scale
+        if INT8:
+            b_s = b_s.to(gl.float32, bitcast=True)
+            b_row_scale = qk_scale * gl.load(
+                q_scale_ptr + (i_row // q_blocks).to(gl.int64) * seq_q + o_m,
+                mask=o_m < seq_q,
+                other=1.0,
+            )
+            p_k_scale = k_scale_ptr + (i_row // q_blocks).to(gl.int64) * kv_blocks
+            b_scale = b_row_scale * gl.load(p_k_scale + current)
         if current * BLOCK_N + BLOCK_N > length:
             o_n = current * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
             b_s = gl.where((o_n < length)[None, :], b_s, float("-inf"))
-        b_m = gl.max(b_s, 1) * qk_scale
-        # An empty row leaves the maximum at -inf, and -inf - -inf is NaN.
-        b_shift = gl.where(b_m == float("-inf"), 0.0, b_m)
-        b_p = gl.exp2(b_s * qk_scale - b_shift[:, None])
+        if INT8:
+            b_m = (gl.max(b_s, 1) - MAGIC) * b_scale
+            # An empty row leaves the maximum at -inf, and -inf - -inf is NaN.
+            b_shift = gl.where(b_m == float("-inf"), 0.0, b_m) + MAGIC * b_scale
+            b_p = gl.exp2(b_s * b_scale[:, None] - b_shift[:, None])
+        else:
+            b_m = gl.max(b_s, 1) * qk_scale
+            b_shift = gl.where(b_m == float("-inf"), 0.0, b_m)
+            b_p = gl.exp2(b_s * qk_scale - b_shift[:, None])
         b_l = gl.sum(b_p, 1)
+        if INT8:
+            k_scale = gl.load(p_k_scale + following)
         turn += 1
         mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
         b_pd = gl.convert_layout(b_p.to(DTYPE), P_LAYOUT)
@@ -250,19 +296,28 @@ def _consumer(
         for j in range(1, count):
             stage = turn % RING
             _take_turn(GROUP)
-            k_smem = k_bufs.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
-            b_s = warpgroup_mma(q_smem, k_smem, b_zero, use_acc=False, is_async=True)
+            b_s = _scores(q_smem, k_bufs.index(stage), BLOCK_N, BLOCK_D, INT8, S_LAYOUT)
             b_o = warpgroup_mma(
                 b_pd, v_bufs.index(stage).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
             )
             _pass_turn(GROUP)
             b_s = warpgroup_mma_wait(1, deps=(b_s,))
-            b_top = gl.max(b_s, 1) * qk_scale
+            if INT8:
+                b_s = b_s.to(gl.float32, bitcast=True)
+                b_scale = b_row_scale * k_scale
+                b_top = (gl.max(b_s, 1) - MAGIC) * b_scale
+            else:
+                b_top = gl.max(b_s, 1) * qk_scale
             if WITH_VOTE:
                 _vote(b_top - (b_m + b_threshold), p_vote + following)
+            if WITH_VOTE or INT8:
                 following = gl.load(p_list + gl.maximum(count - 2 - j, 0))
             b_m_new = gl.maximum(b_m, b_top)
-            b_p = gl.exp2(b_s * qk_scale - b_m_new[:, None])
+            if INT8:
+                b_p = gl.exp2(b_s * b_scale[:, None] - (b_m_new + MAGIC * b_scale)[:, None])
+                k_scale = gl.load(p_k_scale + following)
+            else:
+                b_p = gl.exp2(b_s * qk_scale - b_m_new[:, None])
             b_alpha = gl.exp2(b_m - b_m_new)
             b_l = b_l * b_alpha + gl.sum(b_p, 1)
             b_m = b_m_new
@@ -324,6 +379,8 @@ def block_sparse_fwd_sm90(
     kv_num_blocks_ptr,
     kv_indices_ptr,
     order_ptr,
+    q_scale_ptr,
+    k_scale_ptr,
     stride_ib,
     stride_ih,
     scale,
@@ -340,6 +397,7 @@ def block_sparse_fwd_sm90(
     ALIAS: gl.constexpr,
     WITH_LSE: gl.constexpr,
     WITH_VOTE: gl.constexpr,
+    INT8: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """Attention of query blocks of 128 rows over key blocks of `BLOCK_N`.
@@ -347,6 +405,7 @@ def block_sparse_fwd_sm90(
     Descriptors are over `[B, H, S, D]` views: `[1, 1, 64, BLOCK_D]` boxes of queries and output, `[1, 1, BLOCK_N,
     BLOCK_D]` of keys and values.  `kv_num_blocks_ptr` and `order_ptr` are `int32 [B * H * Mq]`; `vote_ptr` `uint8
     [B, H, Mq, Nk]` starts as zeros.  `ALIAS`: the output shares Q's buffers, which makes room for a third stage.
+    With `INT8`, `q_scale_ptr` is `float32 [B, H, Sq]` and `k_scale_ptr` `float32 [B, H, Nk]`.
     """
     q_bufs = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, BLOCK_D], q_desc.layout)
     k_bufs = gl.allocate_shared_memory(k_desc.dtype, [RING, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
@@ -374,18 +433,20 @@ def block_sparse_fwd_sm90(
                 _consumer,
                 (
                     out_desc, q_bufs, k_bufs, v_bufs, out_bufs, q_full, q_empty, full, empty, lse_ptr, vote_ptr,
-                    kv_num_blocks_ptr, kv_indices_ptr, order_ptr, stride_ib, stride_ih, scale, vote_threshold,
+                    kv_num_blocks_ptr, kv_indices_ptr, order_ptr, q_scale_ptr, k_scale_ptr, stride_ib, stride_ih, scale,
+                    vote_threshold,
                     num_heads, seq_q, seq_k, q_blocks, kv_blocks, num_rows, RING, BLOCK_N, BLOCK_D, ALIAS,
-                    WITH_LSE, WITH_VOTE, 0,
+                    WITH_LSE, WITH_VOTE, INT8, 0,
                 ),
             ),
             (
                 _consumer,
                 (
                     out_desc, q_bufs, k_bufs, v_bufs, out_bufs, q_full, q_empty, full, empty, lse_ptr, vote_ptr,
-                    kv_num_blocks_ptr, kv_indices_ptr, order_ptr, stride_ib, stride_ih, scale, vote_threshold,
+                    kv_num_blocks_ptr, kv_indices_ptr, order_ptr, q_scale_ptr, k_scale_ptr, stride_ib, stride_ih, scale,
+                    vote_threshold,
                     num_heads, seq_q, seq_k, q_blocks, kv_blocks, num_rows, RING, BLOCK_N, BLOCK_D, ALIAS,
-                    WITH_LSE, WITH_VOTE, 1,
+                    WITH_LSE, WITH_VOTE, INT8, 1,
                 ),
             ),
             (

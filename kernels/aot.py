@@ -111,7 +111,9 @@ def compile_kernel(
     return _compile(name, arch, source, options)
 
 
-def hopper_attention(dtype: str, head_dim: int, block_n: int, *, byproducts: bool) -> Compiled:
+def hopper_attention(
+    dtype: str, head_dim: int, block_n: int, *, byproducts: bool, int8: bool = False
+) -> Compiled:
     """Compile the Hopper kernel for key blocks of `block_n`; `byproducts` turns on LSE and vote."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -119,8 +121,9 @@ def hopper_attention(dtype: str, head_dim: int, block_n: int, *, byproducts: boo
     from sparsediff.kernels._block_sparse_sm90 import block_sparse_fwd_sm90 as kernel
 
     block_d = 64 if head_dim == 64 else 128
-    ring, alias = hopper_ring(block_n, block_d)
+    ring, alias = hopper_ring(block_n, block_d, int8)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    byte_layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=4)
     constants = {
         "RING": ring,
         "BLOCK_N": block_n,
@@ -128,13 +131,18 @@ def hopper_attention(dtype: str, head_dim: int, block_n: int, *, byproducts: boo
         "ALIAS": alias,
         "WITH_LSE": byproducts,
         "WITH_VOTE": byproducts,
+        "INT8": int8,
         "num_warps": 4,
     }
     rows = {"q_desc": 64, "k_desc": block_n, "v_desc": block_n, "out_desc": 64}
     signature = {
         **{n: f"tensordesc<{dtype}[1, 1, {r}, {block_d}],{layout!r}>" for n, r in rows.items()},
+        **{
+            n: f"tensordesc<i8[1, 1, {rows[n]}, {block_d}],{byte_layout!r}>"
+            for n in (("q_desc", "k_desc") if int8 else ())
+        },
         **dict.fromkeys(("kv_num_blocks_ptr", "kv_indices_ptr", "order_ptr"), "*i32"),
-        "lse_ptr": "*fp32",
+        **dict.fromkeys(("lse_ptr", "q_scale_ptr", "k_scale_ptr"), "*fp32"),
         "vote_ptr": "*u8",
         "scale": "fp32",
         "vote_threshold": "fp32",
@@ -147,9 +155,8 @@ def hopper_attention(dtype: str, head_dim: int, block_n: int, *, byproducts: boo
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in names if n.endswith("_ptr")},
     )
-    name = (
-        f"hopper {dtype} D{head_dim} 128x{block_n} ring {ring}{' byproducts' if byproducts else ''}"
-    )
+    flags = f"{' int8' if int8 else ''}{' byproducts' if byproducts else ''}"
+    name = f"hopper {dtype} D{head_dim} 128x{block_n} ring {ring}{flags}"
     return _compile(name, "sm90", source, {"num_warps": 4, "maxnreg": 168})
 
 
@@ -211,6 +218,7 @@ def every_kernel(arch: str) -> Iterator[Compiled]:
     if arch == "sm90":
         for head_dim, block_n, byproducts in product((64, 128), (128, 64), (False, True)):
             yield hopper_attention("bf16", head_dim, block_n, byproducts=byproducts)
+        yield hopper_attention("bf16", 128, 128, byproducts=False, int8=True)
 
 
 def few_kernels(arch: str) -> Iterator[Compiled]:
@@ -220,6 +228,7 @@ def few_kernels(arch: str) -> Iterator[Compiled]:
     if arch == "sm90":
         yield hopper_attention("bf16", 128, 128, byproducts=False)
         yield hopper_attention("bf16", 64, 128, byproducts=True)
+        yield hopper_attention("bf16", 128, 128, byproducts=True, int8=True)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ with `j` running over the tokens of the key blocks that the mask keeps for the q
 | `cpu`       | CPU    | fp16, bf16, fp32 | any      | faster than dense attention below `CPU_BREAK_EVEN`     |
 | `triton`    | CUDA   | fp16, bf16, fp32 | 64, 96, 128, 256 | portable kernel, SM80 and newer; blocks of multiples of 16 |
 | `gluon`     | SM90   | fp16, bf16       | 64, 96, 128 | Hopper kernel (TMA, warp specialisation); blocks 128x128, 128x64 |
+| `gluon_int8` | SM90  | fp16, bf16       | 128      | the same with 8-bit logits: faster, less exact, by name only |
 
 The vote is LiteAttention's (arXiv 2511.11062); the exact block mass under a cached log-sum-exp is AdaSpa's
 (arXiv 2502.21079).
@@ -34,12 +35,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # threads.  The backend itself stays exact above it; callers who can run dense should.
 CPU_BREAK_EVEN = 0.65
 
-# name -> module with an `attend` of the reference's signature
+# name -> module and function, of the reference's signature
 _BACKENDS = {
-    "reference": "sparsediff.kernels._block_sparse_reference",
-    "cpu": "sparsediff.kernels._block_sparse_cpu",
-    "triton": "sparsediff.kernels._block_sparse_triton",
-    "gluon": "sparsediff.kernels._block_sparse_gluon",
+    "reference": ("sparsediff.kernels._block_sparse_reference", "attend"),
+    "cpu": ("sparsediff.kernels._block_sparse_cpu", "attend"),
+    "triton": ("sparsediff.kernels._block_sparse_triton", "attend"),
+    "gluon": ("sparsediff.kernels._block_sparse_gluon", "attend"),
+    "gluon_int8": ("sparsediff.kernels._block_sparse_gluon", "attend_int8"),
 }
 
 
@@ -206,7 +208,7 @@ def _select(
         )
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' needs CPU tensors, got {device.type}; use 'auto'")
-    limits = {"triton": _why_not_triton, "gluon": _why_not_gluon}
+    limits = {"triton": _why_not_triton, "gluon": _why_not_gluon, "gluon_int8": _why_not_int8}
     if backend in limits and (why_not := limits[backend](device, dtype, head_dim, block_size)):
         raise ValueError(f"backend {backend!r} cannot run here: {why_not}; use 'auto'")
     return BackendChoice(backend, "asked for by name")
@@ -220,6 +222,7 @@ def available_backends() -> dict[str, str]:
         "cpu": "",
         "triton": _why_not_triton(device, torch.bfloat16, 128, (128, 128)),
         "gluon": _why_not_gluon(device, torch.bfloat16, 128, (128, 128)),
+        "gluon_int8": _why_not_int8(device, torch.bfloat16, 128, (128, 128)),
     }
 
 
@@ -259,6 +262,17 @@ def _why_not_gluon(
 
     capability = torch.cuda.get_device_capability(device)
     return why_not_hopper(capability, dtype.itemsize * 8, head_dim, tuple(block_size))
+
+
+def _why_not_int8(
+    device: torch.device, dtype: torch.dtype, head_dim: int, block_size: tuple[int, int]
+) -> str:
+    """One line on what keeps 8-bit logits from serving such a call, or ""."""
+    if why_not := _why_not_gluon(device, dtype, head_dim, block_size):
+        return why_not
+    if head_dim != 128 or tuple(block_size) != (128, 128):
+        return f"serves head_dim 128 in blocks of (128, 128), got {head_dim} in {tuple(block_size)}"
+    return ""
 
 
 # -- checks -------------------------------------------------------------------------------------------------------
@@ -352,7 +366,8 @@ def _attend_blocks(
     # Chosen in here, where torch.compile does not look: the choice reads files and device properties.
     choice = select_backend(query.device, query.dtype, query.shape[-1], tuple(block_size), backend)
     mask = BlockMask(kv_num_blocks, kv_indices, tuple(block_size), (query.shape[1], key.shape[1]))
-    results = import_module(_BACKENDS[choice.name]).attend(
+    module, function = _BACKENDS[choice.name]
+    results = getattr(import_module(module), function)(
         query,
         key,
         value,

@@ -31,6 +31,7 @@ from sparsediff.kernels import block_lists, block_scores
 from sparsediff.kernels._block_sparse_reference import attend as reference
 from sparsediff.kernels._block_sparse_triton import launch
 from sparsediff.kernels.attention import attend_blocks
+from sparsediff.kernels.quantize import quantize_pair
 from sparsediff.kernels.tuning import Tile
 
 # (batch, heads, tokens, head_dim): Wan 14B 720p, HunyuanVideo 720p, Wan 1.3B 480p, CogVideoX 1.5
@@ -50,11 +51,13 @@ GROUPS = (
         "check_gluon_more": 110,
         "check_triton": 110,
         "check_triton_more": 110,
+        "check_int8": 90,
         "check_lists": 60,
     },
     {"time_dense": 45},
     {"time_gluon": 60},
     {"time_triton": 50},
+    {"time_int8": 30},
     {"time_byproducts": 60},
     {"time_lists": 40},
     {"check_compile": 60},
@@ -331,6 +334,39 @@ def check_backend(
         }
 
 
+def check_int8() -> Iterator[dict]:
+    """8-bit logits against float64, on plain noise and on keys with outlier channels as trained models have them."""
+    for what, outlier in (("normal", 0.0), ("outlier channels", 8.0)):
+        for seq in (1000, 2048):
+            shape = (1, 2, seq, 128)
+            q, k, v = make_inputs(shape, seed=seq)
+            k[..., ::32] = k[..., ::32] * 3 + outlier
+            q[..., ::32] *= 3 if outlier else 1
+            keep = torch.rand(1, 2, -(-seq // 128), -(-seq // 128), device=DEVICE) < 0.5
+            keep[0, 0, 0] = False
+            mask = BlockMask.from_dense(keep, (128, 128), (seq, seq))
+            exact = reference(
+                *(x.double() for x in (q, k, v)), mask, scale=128**-0.5, want_lse=True
+            )
+            errors = {}
+            for backend in ("gluon_int8", "gluon"):
+                got = attend_blocks(q, k, v, mask, return_lse=True, backend=backend)
+                finite = exact[1].isfinite()
+                errors[backend] = {
+                    "relative_error": ((got.out - exact[0]).norm() / exact[0].norm()).item(),
+                    "lse_error": (got.lse - exact[1])[finite].abs().max().item(),
+                    "finite": bool(got.out.isfinite().all()),
+                }
+            good = errors["gluon_int8"]["finite"] and errors["gluon_int8"]["relative_error"] < 0.05
+            yield {
+                "kind": "check",
+                "what": f"8-bit logits, {what}",
+                "seq": seq,
+                "ok": good,
+                **errors,
+            }
+
+
 def check_graph(backend: str) -> dict:
     """The kernel can be captured in a CUDA graph and replayed on other inputs."""
     shape = (1, 2, 500, 128)
@@ -499,6 +535,21 @@ def time_gluon() -> Iterator[dict]:
     for shape in ("wan75", "wan32"):
         yield time_attention("gluon", shape, 0.2, (128, 64))
         yield time_attention("gluon", shape, 0.2, uneven=True, label=" uneven rows")
+
+
+def time_int8() -> Iterator[dict]:
+    """8-bit logits, quantisation counted in and alone."""
+    for shape in ("wan75", "wan32"):
+        for density in (1.0, 0.2):
+            yield time_attention("gluon_int8", shape, density)
+        q, k, _ = make_inputs(SHAPES[shape])
+        ms = median_ms(partial(quantize_pair, q, k, 128), 100)
+        yield {
+            "kind": "lists",
+            "shape": shape,
+            "what": "quantise query and key",
+            "ms": round(ms, 4),
+        }
 
 
 def time_triton() -> Iterator[dict]:
