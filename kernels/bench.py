@@ -56,12 +56,12 @@ GROUPS = (
     },
     {"time_dense": 45},
     {"time_gluon": 60},
-    {"time_triton": 50},
+    {"time_byproducts": 50},
+    {"time_triton": 45},
     {"time_int8": 30},
-    {"time_byproducts": 60},
     {"time_lists": 40},
-    {"check_compile": 60},
     {"time_tiles": 45},
+    {"check_compile": 60},
 )
 
 
