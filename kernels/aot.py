@@ -208,13 +208,14 @@ def _tool(name: str, flag: str, cubin: bytes) -> str:
 
 
 def every_kernel(arch: str) -> Iterator[Compiled]:
-    """All that is shipped for one architecture."""
-    for head_dim in (64, 96, 128, 256):
-        for block_size in ((128, 128), (128, 64), (64, 64)):
-            yield portable_attention(arch, "bf16", head_dim, block_size, byproducts=False)
-    for head_dim in (64, 128):
-        yield portable_attention(arch, "bf16", head_dim, (128, 128), byproducts=True)
-        yield portable_attention(arch, "fp32", head_dim, (128, 128), byproducts=False)
+    """What is shipped for one architecture, each form once."""
+    for head_dim, block_size in (
+        *product((64, 128), ((128, 128), (128, 64), (64, 64))),
+        *product((96, 256), ((128, 128), (64, 64))),
+    ):
+        yield portable_attention(arch, "bf16", head_dim, block_size, byproducts=False)
+    yield portable_attention(arch, "bf16", 64, (128, 128), byproducts=True)
+    yield portable_attention(arch, "fp32", 128, (128, 128), byproducts=False)
     if arch == "sm90":
         for head_dim, block_n, byproducts in product((64, 128), (128, 64), (False, True)):
             yield hopper_attention("bf16", head_dim, block_n, byproducts=byproducts)
