@@ -6,7 +6,7 @@ OUT    ?= out
 # Under a CPU interpreter Triton kernels run without a GPU; a CUDA machine compiles them.
 INTERPRET := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 0 || echo 1)
 
-.PHONY: setup run test gpu lint fmt types wheel check clean
+.PHONY: setup run test gpu lint fmt wheel check clean
 
 setup: $(VENV)/.installed
 

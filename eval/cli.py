@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 DEFAULT_MODEL = "tiny-wan"
-# What a user can cause and mend; anything else is our fault and keeps its traceback.
+# What wrong input raises, here and in diffusers; `--debug` shows where.
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
 
 
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and flags."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="sparsediff",
         description="Training-free sparse attention for diffusers pipelines, with a stated error.",
         epilog="Start with:  sparsediff compare --prompt 'a large red circle moves right'",
@@ -146,7 +146,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     _require_suffix(arguments.out, ".mp4")
     check_writable(arguments.out)
     if arguments.report is not None:
-        check_writable(arguments.report)
+        check_writable(arguments.report, "--report")
     method, schedule = _method(arguments), _schedule(arguments)
     _quiet_libraries()
     import sparsediff
@@ -232,9 +232,15 @@ def _pipeline_and_request(arguments: argparse.Namespace):
 
     check_name(arguments.model)
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Request)}
-    for name in ("steps", "height", "width", "frames"):
-        if given[name] is not None and given[name] < 1:
-            raise ValueError(f"--{name} must be at least 1, got {given[name]}")
+    for name, value in {**given, "fps": arguments.fps}.items():
+        if (
+            name in ("steps", "height", "width", "frames", "fps")
+            and value is not None
+            and value < 1
+        ):
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if not 0 <= arguments.seed < 2**63:
+        raise ValueError(f"--seed must be in [0, 2^63), got {arguments.seed}")
     defaults = default_request(arguments.model)
     if given["prompt"] is None and "prompt" not in defaults:
         raise ValueError(f"{arguments.model} needs a --prompt")
@@ -253,10 +259,12 @@ def _warn_if_random(model: str) -> None:
 
 
 def _count_or_fraction(text: str) -> int | float:
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise argparse.ArgumentTypeError(f"a count (5) or a fraction (0.2) is needed, got {text!r}")
 
 
 def _require_suffix(path: Path, suffix: str) -> None:
@@ -283,6 +291,12 @@ def _quiet_libraries() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line, like every other mistake."""
+        self.exit(2, f"sparsediff: error: {message}; see {self.prog} --help\n")
 
 
 class _Version(argparse.Action):

@@ -60,6 +60,10 @@ def load_pipeline(model: str, *, device: str | None = None, dtype: str | None = 
     """
     check_name(model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; use cpu, cuda or cuda:0") from None
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("there is no CUDA device here; use --device cpu")
     if dtype is not None and dtype not in DTYPES:
@@ -76,7 +80,14 @@ def load_pipeline(model: str, *, device: str | None = None, dtype: str | None = 
     from diffusers import DiffusionPipeline
 
     try:
-        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=torch_dtype)
+        pipe = DiffusionPipeline.from_pretrained(model, **{_dtype_keyword(): torch_dtype})
     except OSError as error:
         raise OSError(f"cannot load {model}: {str(error).strip().splitlines()[0]}") from None
     return pipe.to(device)
+
+
+def _dtype_keyword() -> str:
+    """diffusers 0.42 renamed the argument and warns about the old name."""
+    from diffusers.utils import deprecation_utils
+
+    return "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"

@@ -13,7 +13,7 @@ MARGIN = 8
 INK, PAPER = (24, 24, 27), (250, 250, 249)
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, flag: str = "--out") -> None:
     """Create the folder of `path` and prove that a file can be written there.
 
     Raises:
@@ -27,7 +27,7 @@ def check_writable(path: Path) -> None:
         with path.open("ab"):
             pass
     except OSError as error:
-        raise OSError(f"cannot write {path} ({error.strerror}); choose another --out") from None
+        raise OSError(f"cannot write {path} ({error.strerror}); choose another {flag}") from None
     if not existed:
         path.unlink()
 

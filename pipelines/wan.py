@@ -19,9 +19,9 @@ class WanAdapter(ModelAdapter):
 
     processors = frozenset({"WanAttnProcessor"})
 
-    def attention_layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    def attention_layers(self, model: nn.Module) -> list[tuple[str, nn.Module, int]]:
         """`blocks.N.attn1`."""
-        return [(f"blocks.{i}.attn1", block.attn1) for i, block in enumerate(model.blocks)]
+        return [(f"blocks.{i}.attn1", block.attn1, i) for i, block in enumerate(model.blocks)]
 
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """`hidden_states [B, C, F, H, W]` in patches of `config.patch_size`."""
@@ -38,7 +38,11 @@ class WanVACEAdapter(WanAdapter):
     Reference images sit in front as extra latent frames and count as frames of the grid.
     """
 
-    def attention_layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """`vace_blocks.N.attn1`, then `blocks.N.attn1`."""
-        control = [(f"vace_blocks.{i}.attn1", block.attn1) for i, block in enumerate(model.vace_blocks)]
+    def attention_layers(self, model: nn.Module) -> list[tuple[str, nn.Module, int]]:
+        """`vace_blocks.N.attn1`, each as deep as the main layer that it controls, then `blocks.N.attn1`."""
+        depths = model.config.vace_layers
+        control = [
+            (f"vace_blocks.{i}.attn1", block.attn1, depths[i])
+            for i, block in enumerate(model.vace_blocks)
+        ]
         return control + super().attention_layers(model)

@@ -25,8 +25,8 @@ class ModelAdapter(ABC):
     processors: frozenset[str] = frozenset()
 
     @abstractmethod
-    def attention_layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The eligible self-attention modules, by name, in execution order."""
+    def attention_layers(self, model: nn.Module) -> list[tuple[str, nn.Module, int]]:
+        """The eligible self-attention modules, in execution order: name, module, depth in the model from 0."""
 
     @abstractmethod
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:

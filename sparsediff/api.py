@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-import weakref
 from typing import Literal
 
 import torch
@@ -12,19 +10,16 @@ from torch import nn
 
 from sparsediff.adapter import ADAPTERS, adapter_for
 from sparsediff.clock import Clock
-from sparsediff.kernels.attention import select_backend
+from sparsediff.kernels.attention import DTYPES, select_backend
 from sparsediff.methods import METHODS, Method, build_method
-from sparsediff.processor import SparseProcessor, wrap_processor
-from sparsediff.progress import ProgressBar
+from sparsediff.patch import PipelinePatch, TransformerPatch, handle_of, unwrapped
 from sparsediff.recorder import Recorder
 from sparsediff.report import RunReport
 from sparsediff.schedule import Schedule
 from sparsediff.state import RunState
+from sparsediff.token_grid import TokenGrid
 
 COMPONENTS = ("transformer", "transformer_2")  # Wan 2.2 has two experts
-
-# Which handle an enabled transformer belongs to: enabling again, or through another pipeline, replaces it.
-_HANDLES: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
 
 
 def enable(
@@ -76,14 +71,30 @@ def enable(
             "dense_steps as a fraction needs the number of steps, which a bare transformer does not know; enable the "
             "pipeline, or use dense_above_sigma or a whole number"
         )
-    return Handle(pipe, transformers, method, schedule, on_unsupported)
+    supported, unsupported = _split(transformers, method, on_unsupported)
+    # Everything that can refuse is above.  Only an interrupt can come between here and the end.
+    for model in supported.values():
+        if (former := handle_of(model)) is not None:
+            former.release(model)
+    if pipe is not None and (former := handle_of(pipe)) is not None:
+        former.disable()
+    handle = Handle(method, schedule, Clock(pipe), unsupported)
+    try:
+        handle.patch(pipe, supported)
+    except BaseException:
+        handle.disable()
+        raise
+    return handle
 
 
 def disable(pipe_or_transformer: object) -> None:
     """Restore a pipeline or transformer exactly; one that is not enabled is left as it is."""
-    for model in _transformers(pipe_or_transformer)[1].values():
-        if model in _HANDLES:
-            _HANDLES[model].disable()
+    pipe, transformers = _transformers(pipe_or_transformer)
+    if pipe is not None and (handle := handle_of(pipe)) is not None:
+        handle.disable()
+    for model in transformers.values():
+        if (handle := handle_of(model)) is not None:
+            handle.release(model)
 
 
 def list_methods() -> dict[str, str]:
@@ -95,45 +106,36 @@ class Handle:
     """An enabled pipeline.  Made by `enable`; leaving its `with` block disables."""
 
     def __init__(
-        self,
-        pipe: object | None,
-        transformers: dict[str, nn.Module],
-        method: Method,
-        schedule: Schedule,
-        on_unsupported: str,
+        self, method: Method, schedule: Schedule, clock: Clock, unsupported: dict[str, str]
     ) -> None:
         self.method = method
         self.schedule = schedule
-        self.unsupported: dict[str, str] = {}  # what runs stock, and why (on_unsupported="dense")
-        self.states: list[RunState] = []
-        self._recorder = Recorder(method=str(method), schedule=str(schedule))
-        self._clock = Clock(pipe)
-        self._undo: list = []
-        supported = self._check(transformers, on_unsupported)
-        # From here on nothing refuses: everything that can is above, so a pipeline is never half-patched.
-        for model in supported.values():
-            if model in _HANDLES:
-                _HANDLES[model].disable()
-        for name, model in supported.items():
-            self._patch(name, model)
-        if pipe is not None and hasattr(pipe, "progress_bar"):
-            self._undo.append(ProgressBar(pipe, self._recorder).restore)
-
-    # -- what the user asks ---------------------------------------------------------------------------------------
+        self.unsupported = unsupported  # what runs stock, and why (on_unsupported="dense")
+        self.recorder = Recorder(method=str(method), schedule=str(schedule))
+        self._clock = clock
+        self._patches: dict[str, TransformerPatch] = {}
+        self._pipeline_patch: PipelinePatch | None = None
 
     @property
     def enabled(self) -> bool:
-        """Whether the pipeline is still patched by this handle."""
-        return bool(self._undo)
+        """Whether any transformer is still patched by this handle."""
+        return bool(self._patches)
+
+    @property
+    def states(self) -> list[RunState]:
+        """The state of every enabled transformer."""
+        return [patch.state for patch in self._patches.values()]
 
     def report(self) -> RunReport:
         """Density, dense calls and time of the last generation, per layer and step.  Waits for the device."""
-        return self._recorder.report()
+        return self.recorder.report()
 
     def summary(self) -> str:
-        """The report in words."""
+        """The report in words, what stayed stock, and the memory that masks take."""
         lines = [str(self.report())]
         lines += [f"  not sparse  {name}: {reason}" for name, reason in self.unsupported.items()]
+        if held := sum(state.state_bytes() for state in self.states):
+            lines.append(f"  masks     {held / 2**20:.1f} MiB kept between steps")
         return "\n".join(lines)
 
     def begin_generation(self, num_steps: int | None = None) -> None:
@@ -145,8 +147,46 @@ class Handle:
 
     def disable(self) -> None:
         """Restore the pipeline exactly; the report stays readable.  A second call does nothing."""
-        while self._undo:
-            self._undo.pop()()
+        if self._pipeline_patch is not None:
+            self._pipeline_patch.undo()
+            self._pipeline_patch = None
+        while self._patches:
+            self._patches.popitem()[1].undo()
+
+    def release(self, model: nn.Module) -> None:
+        """Restore one transformer; with the last of them the handle is disabled."""
+        for name in [n for n, patch in self._patches.items() if patch.model is model]:
+            self._patches.pop(name).undo()
+        if not self._patches:
+            self.disable()
+
+    def patch(self, pipe: object | None, transformers: dict[str, nn.Module]) -> None:
+        """Change a live pipeline; `enable` calls it once."""
+        for name, model in transformers.items():
+            state = RunState(
+                name=name,
+                model=model,
+                adapter=adapter_for(model),
+                method=self.method,
+                schedule=self.schedule,
+                clock=self._clock,
+                recorder=self.recorder,
+            )
+            self._patches[name] = patch = TransformerPatch(model, state)
+            patch.apply(self)
+        if pipe is not None and transformers and hasattr(pipe, "progress_bar"):
+            self._pipeline_patch = PipelinePatch(self, pipe)
+
+    def warn_of_replaced_transformers(self, pipe: object) -> None:
+        """Say so if the pipeline now holds another transformer than the one that was enabled."""
+        for name, patch in self._patches.items():
+            now = getattr(pipe, name, None)
+            if isinstance(now, nn.Module) and _uncompiled(now) is not patch.model:
+                warnings.warn(
+                    f"pipe.{name} was replaced after sparsediff.enable() and runs dense; call enable() again",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
 
     def __enter__(self) -> Handle:
         return self
@@ -158,60 +198,6 @@ class Handle:
         return (
             f"<sparsediff.Handle {self.method.name}, {'enabled' if self.enabled else 'disabled'}>"
         )
-
-    # -- patching -------------------------------------------------------------------------------------------------
-
-    def _check(
-        self, transformers: dict[str, nn.Module], on_unsupported: str
-    ) -> dict[str, nn.Module]:
-        """The transformers that can run sparse."""
-        supported = {}
-        for name, model in transformers.items():
-            try:
-                _check_transformer(name, model)
-            except ValueError as error:
-                if on_unsupported == "raise":
-                    raise
-                self.unsupported[name] = str(error)
-            else:
-                supported[name] = model
-        return supported
-
-    def _patch(self, name: str, model: nn.Module) -> None:
-        state = RunState(
-            name=name,
-            model=model,
-            adapter=adapter_for(model),
-            method=self.method,
-            schedule=self.schedule,
-            clock=self._clock,
-            recorder=self._recorder,
-        )
-        self.states.append(state)
-        for index, (_, module) in enumerate(state.modules):
-            wrapper = wrap_processor(module.processor, state.key, index)
-            state.wrappers.append(wrapper)
-            module.processor = wrapper
-            self._undo.append(
-                lambda module=module, wrapper=wrapper: _restore_processor(module, wrapper)
-            )
-
-        # nn.Module hooks survive offloading, which silently drops wrappers of `forward`; run eagerly, they are not
-        # replayed one call late by Dynamo.
-        @torch.compiler.disable
-        def before(module, args, kwargs):
-            state.begin_forward(module, args, kwargs)
-
-        @torch.compiler.disable
-        def after(module, args, output):
-            state.end_forward(module)
-
-        self._undo.append(model.register_forward_pre_hook(before, with_kwargs=True).remove)
-        self._undo.append(model.register_forward_hook(after).remove)
-        if hasattr(model, "cache_context"):
-            self._undo.append(_listen_to_cache_context(model, state))
-        _HANDLES[model] = self
-        self._undo.append(lambda: _HANDLES.pop(model, None))
 
 
 def _transformers(target: object) -> tuple[object | None, dict[str, nn.Module]]:
@@ -231,15 +217,27 @@ def _uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)  # torch.compile(model) wraps
 
 
-def _check_transformer(name: str, model: nn.Module) -> None:
+def _split(
+    transformers: dict[str, nn.Module], method: Method, on_unsupported: str
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The transformers that can run sparse, and why the others cannot."""
+    supported, unsupported = {}, {}
+    for name, model in transformers.items():
+        try:
+            _check_transformer(name, model, method)
+        except ValueError as error:
+            if on_unsupported == "raise":
+                raise
+            unsupported[name] = str(error)
+        else:
+            supported[name] = model
+    return supported, unsupported
+
+
+def _check_transformer(name: str, model: nn.Module, method: Method) -> None:
     adapter = adapter_for(model)
-    layers = adapter.attention_layers(model)
-    if not layers:
-        raise ValueError(f"{name} has no attention layer that could run sparse")
-    for layer, module in layers:
-        stock = module.processor
-        if isinstance(stock, SparseProcessor):  # enabled before: look at what will be restored
-            stock = stock.stock
+    for layer, module, _ in adapter.attention_layers(model):
+        stock = unwrapped(module.processor)
         if type(stock).__name__ not in adapter.processors:
             raise ValueError(
                 f"{name}.{layer} uses {type(stock).__name__}, not one of {', '.join(sorted(adapter.processors))}; "
@@ -248,54 +246,17 @@ def _check_transformer(name: str, model: nn.Module) -> None:
         if getattr(stock, "_parallel_config", None) is not None:
             raise ValueError(f"{name} runs with context parallelism, which is not supported yet")
     parameter = next(model.parameters())
-    dtype = (
-        parameter.dtype
-        if parameter.dtype in (torch.float16, torch.bfloat16, torch.float32)
-        else torch.bfloat16
-    )
-    head_dim = adapter.head_dim(model)
-    select_backend(parameter.device, dtype, head_dim, (128, 128))
-
-
-def _restore_processor(module: nn.Module, wrapper: SparseProcessor) -> None:
-    stock = wrapper.restore()
-    if module.processor is wrapper:
-        module.processor = stock
-    else:
-        warnings.warn(
-            f"{type(module).__name__}: the attention processor was replaced after sparsediff.enable(); left as it is",
-            RuntimeWarning,
-            stacklevel=3,
+    if parameter.dtype == torch.float64:
+        raise ValueError(f"{name} is in float64; kernels take float32, bfloat16 and float16")
+    # Quantised weights say nothing about activations, which are bfloat16 as a rule.
+    dtype = parameter.dtype if parameter.dtype in DTYPES else torch.bfloat16
+    for grid in (SMALL_GRID, LARGE_GRID):
+        choice = select_backend(
+            parameter.device, dtype, adapter.head_dim(model), method.block_size(grid)
         )
+        if choice.name == "reference":
+            raise ValueError(f"{name} has no fast kernel on {parameter.device}: {choice.reason}")
 
 
-def _listen_to_cache_context(model: nn.Module, state: RunState):
-    """Let `state` know inside which `model.cache_context(name)` a call is made; returns the undo."""
-    had_own = vars(model).get("cache_context")
-    stock = model.cache_context
-
-    @contextlib.contextmanager
-    def cache_context(name, **fields):
-        outer, state.context = state.context, _Context(name, fields.get("step_index"))
-        try:
-            with stock(name, **fields) as value:
-                yield value
-        finally:
-            state.context = outer
-
-    model.__dict__["cache_context"] = cache_context
-
-    def undo() -> None:
-        if vars(model).get("cache_context") is not cache_context:
-            return
-        if had_own is None:
-            del model.__dict__["cache_context"]
-        else:
-            model.__dict__["cache_context"] = had_own
-
-    return undo
-
-
-class _Context:
-    def __init__(self, name: str, step_index: int | None) -> None:
-        self.name, self.step_index = name, step_index
+# A method's blocks may depend on the length; these are short and long for any method.
+SMALL_GRID, LARGE_GRID = TokenGrid.video(1, 32, 32), TokenGrid.video(33, 64, 64)

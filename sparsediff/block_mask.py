@@ -237,6 +237,10 @@ class BlockMask:
 
     def force(self, keep: Tensor) -> BlockMask:
         """Add the blocks set in `keep` (`bool`, broadcastable to `[B, H, Mq, Nk]`); see `forced_blocks`."""
+        if keep.dtype != torch.bool or tuple(keep.shape[-2:]) != self.num_blocks:
+            raise ValueError(
+                f"keep must be bool [..., {self.num_blocks}], got {keep.dtype} {list(keep.shape)}"
+            )
         return self.from_dense(self.to_dense() | keep, self.block_size, self.seq_lengths)
 
     def __repr__(self) -> str:

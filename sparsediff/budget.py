@@ -19,17 +19,6 @@ def row_top_k(scores: Tensor, density: float) -> Tensor:
     return keep.scatter_(-1, scores.topk(k, dim=-1).indices, True)
 
 
-def row_top_p(mass: Tensor, share: float) -> Tensor:
-    """Keep the fewest blocks of every row that hold `share` of its (non-negative) mass, at least one."""
-    _check_fraction("share", share)
-    ranked, order = mass.sort(dim=-1, descending=True, stable=True)
-    before = ranked.cumsum(-1) - ranked
-    # The block that crosses the line is kept; "before < share" also keeps the best block of every row.
-    chosen = before < share * ranked.sum(-1, keepdim=True)
-    chosen[..., 0] = True
-    return torch.zeros_like(chosen).scatter_(-1, order, chosen)
-
-
 def head_percentile(scores: Tensor, density: float, *, row_minimum: int = 1) -> Tensor:
     """Keep the best `density` of all blocks of a head, wherever they lie (DraftAttention, section 3.3).
 

@@ -11,6 +11,7 @@ operation `sparsediff::attend`, which receives its layer as a tensor so that eve
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 import weakref
@@ -132,10 +133,11 @@ class SparseProcessor:
     """
 
     def __init__(self, stock: object, state_key: int, layer: int) -> None:
-        self.stock = stock
-        self.user_backend = stock._attention_backend
+        # A copy, because one processor object may serve several modules, cross-attention among them.
+        self.original, self.stock = stock, copy.copy(stock)
+        self.stock._attention_backend = MEMBER
+        self.user_backend = _not_ours(stock._attention_backend)
         self.layer = torch.tensor([state_key, layer])
-        stock._attention_backend = MEMBER
 
     @property
     def _attention_backend(self):
@@ -144,8 +146,7 @@ class SparseProcessor:
     @_attention_backend.setter
     def _attention_backend(self, backend) -> None:
         # `set_attention_backend("sage")` on an enabled model chooses what dense calls run on.
-        if backend is not MEMBER:
-            self.user_backend = backend
+        self.user_backend = _not_ours(backend)
 
     @property
     def _parallel_config(self):
@@ -160,9 +161,22 @@ class SparseProcessor:
         self.stock._parallel_config = None
 
     def restore(self) -> object:
-        """The stock processor as it was, with the backend the user chose meanwhile."""
-        self.stock._attention_backend = self.user_backend
-        return self.stock
+        """The stock processor, with the backend the user chose meanwhile."""
+        if self.original._attention_backend is not self.user_backend:
+            self.original._attention_backend = self.user_backend
+        return self.original
+
+    def __reduce__(self):
+        # Copied or pickled, a wrapper is the stock processor: its run state stays with the original.
+        return _itself, (self.original,)
+
+
+def _not_ours(backend: AttentionBackendName | str | None) -> AttentionBackendName | str | None:
+    return None if backend == BACKEND_NAME else backend
+
+
+def _itself(x: object) -> object:
+    return x
 
 
 def wrap_processor(stock: object, state_key: int, layer: int) -> SparseProcessor:

@@ -40,6 +40,8 @@ class Recorder:
     _generation: int | None = None
     _spans: list[tuple[int, object, object]] = field(default_factory=list)
     _warned: set[str] = field(default_factory=set)
+    _folded: int = 0
+    _density_sum: Tensor | float = 0.0
 
     def begin_generation(self, generation: int) -> None:
         """Forget the previous generation; a second call for the same one changes nothing."""
@@ -50,6 +52,8 @@ class Recorder:
         self.sigmas.clear()
         self.backends.clear()
         self._spans.clear()
+        self.num_steps, self.grid, self.attention_share = None, "", None
+        self._folded, self._density_sum = 0, 0.0
 
     def sparse(self, layer: str, step: int, density: Tensor) -> None:
         """A sparse call; `density` is `float32 [H]`."""
@@ -98,50 +102,46 @@ class Recorder:
             by_layer[call.layer].append((call, heads))
             by_step[call.step].append((call, heads))
         seconds = self._seconds()
+        density = _mean([sum(h) / len(h) for h in per_call])
         return RunReport(
             method=self.method,
             schedule=self.schedule,
             grid=self.grid,
-            num_steps=self.num_steps or len(by_step),
-            density=_mean([sum(h) / len(h) for h in per_call]),
+            num_steps=self.num_steps or len(self.sigmas),
+            density=density,
             layers=tuple(_layer(name, calls) for name, calls in by_layer.items()),
             steps=tuple(
-                StepReport(
-                    step=step,
-                    sigma=self.sigmas.get(step),
-                    density=_mean([sum(h) / len(h) for _, h in calls]),
-                    dense_share=_mean([float(c.reason is not None) for c, _ in calls]),
-                    seconds=seconds.get(step),
-                )
-                for step, calls in sorted(by_step.items())
+                _step(step, self.sigmas[step], by_step[step], seconds.get(step))
+                for step in sorted(self.sigmas)
             ),
             dense_calls=dict(Counter(c.reason for c in self.calls if c.reason is not None)),
             backends=dict(self.backends),
-            estimated_speedup=self.estimate_speedup(per_call),
+            estimated_speedup=self.estimate_speedup(density),
         )
 
-    def estimate_speedup(self, per_call: list[tuple[float, ...]] | None = None) -> float | None:
-        """Denoiser time of a dense run over this one's, from operation counts; None before anything has run."""
+    def estimate_speedup(self, density: float) -> float | None:
+        """Denoiser time of a dense run over this one's at mean `density`; None before anything has run.
+
+        From operation counts: attention's share of the transformer's arithmetic, and what a kept block costs.
+        """
         if not self.calls or self.attention_share is None:
             return None
         cost = max((KEPT_BLOCK_COST.get(name, 1.0) for name in self.backends), default=1.0)
-        relative = [
-            1.0 if call.reason is not None else cost * sum(heads) / len(heads)
-            for call, heads in zip(self.calls, per_call or _read_densities(self.calls), strict=True)
-        ]
-        return 1.0 / (1.0 - self.attention_share + self.attention_share * _mean(relative))
+        dense = sum(c.reason is not None for c in self.calls) / len(self.calls)
+        relative = dense + cost * (density - dense)
+        return 1.0 / (1.0 - self.attention_share + self.attention_share * relative)
 
-    def step_density(self, step: int) -> Tensor | float | None:
-        """Mean density of a step; a tensor on the device if any of its calls was sparse."""
-        values = [
-            c.density.mean() if c.density is not None else 1.0 for c in self.calls if c.step == step
-        ]
-        if not values:
+    def fold(self) -> Tensor | None:
+        """Mean density since the last fold and over the generation: `float32 [2]`, on the device, not waited for."""
+        new = self.calls[self._folded :]
+        if not new:
             return None
-        tensors = [v for v in values if isinstance(v, Tensor)]
-        if not tensors:
-            return 1.0
-        return (torch.stack(tensors).sum() + (len(values) - len(tensors))) / len(values)
+        self._folded = len(self.calls)
+        sparse = [c.density.mean() for c in new if c.density is not None]
+        total = torch.stack(sparse).sum() if sparse else torch.zeros(())
+        total = total + (len(new) - len(sparse))
+        self._density_sum = total + self._density_sum
+        return torch.stack([total / len(new), self._density_sum / len(self.calls)])
 
 
 def _read_densities(calls: list[_Call]) -> list[tuple[float, ...]]:
@@ -154,6 +154,22 @@ def _read_densities(calls: list[_Call]) -> list[tuple[float, ...]]:
             values[key], flat = tuple(flat[: x.numel()]), flat[x.numel() :]
     heads = max((len(v) for v in values.values()), default=1)
     return [values[id(c.density)] if c.density is not None else (1.0,) * heads for c in calls]
+
+
+def _step(
+    step: int,
+    sigma: float | None,
+    calls: list[tuple[_Call, tuple[float, ...]]],
+    seconds: float | None,
+) -> StepReport:
+    # A cache such as MagCache can skip every block of a step: no attention was computed at all.
+    return StepReport(
+        step=step,
+        sigma=sigma,
+        density=_mean([sum(h) / len(h) for _, h in calls]) if calls else 0.0,
+        dense_share=_mean([float(c.reason is not None) for c, _ in calls]) if calls else 0.0,
+        seconds=seconds,
+    )
 
 
 def _layer(name: str, calls: list[tuple[_Call, tuple[float, ...]]]) -> LayerReport:

@@ -39,8 +39,11 @@ class Schedule:
             )
         if self.dense_steps < 0:
             raise ValueError(f"dense_steps must be >= 0, got {self.dense_steps}")
-        if self.dense_above_sigma is not None and not 0.0 <= self.dense_above_sigma <= 1.0:
-            raise ValueError(f"dense_above_sigma must be in [0, 1], got {self.dense_above_sigma}")
+        limit = self.dense_above_sigma
+        if limit is not None and not isinstance(limit, int | float):
+            raise TypeError(f"dense_above_sigma must be a number in [0, 1], got {limit!r}")
+        if limit is not None and not 0.0 <= limit <= 1.0:
+            raise ValueError(f"dense_above_sigma must be in [0, 1], got {limit}")
         if isinstance(self.dense_layers, bool) or not isinstance(self.dense_layers, int):
             raise TypeError(f"dense_layers must be a count, got {self.dense_layers!r}")
         if self.dense_layers < 0:
@@ -62,10 +65,7 @@ class Schedule:
             return "schedule: every step"
         if self.needs_step_count:
             if site.num_steps is None:
-                raise ValueError(
-                    "dense_steps as a fraction needs the number of steps; call handle.begin_generation(num_steps) "
-                    "or give dense_steps as an int"
-                )
+                return "schedule: the number of steps is unknown (handle.begin_generation tells it)"
             # Round up: asking for a share of dense steps must not give less.
             first = math.ceil(self.dense_steps * site.num_steps - 1e-9)
         else:

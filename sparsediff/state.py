@@ -26,7 +26,7 @@ from sparsediff import adapter as adapters
 from sparsediff.adapter import ModelAdapter
 from sparsediff.block_mask import BlockMask, area_density, forced_blocks, pack_bits, unpack_bits
 from sparsediff.clock import Clock, Tick
-from sparsediff.kernels.attention import CPU_BREAK_EVEN, attend_blocks, select_backend
+from sparsediff.kernels.attention import CPU_BREAK_EVEN, DTYPES, attend_blocks, select_backend
 from sparsediff.methods import AttentionSite, Method
 from sparsediff.processor import STATES
 from sparsediff.recorder import Recorder
@@ -73,7 +73,9 @@ class _Forward:
     branch: str
     grid: TokenGrid | None
     problem: str | None  # why there is no grid
+    device: torch.device
     started: object
+    gradients: bool
 
 
 class RunState:
@@ -98,13 +100,16 @@ class RunState:
         self.clock = clock
         self.recorder = recorder
         self.modules = adapter.attention_layers(model)
-        self.layers = [f"{name}.{layer}" for layer, _ in self.modules]
-        self.context: object | None = None
+        self.layers = [f"{name}.{layer}" for layer, _, _ in self.modules]
+        self.depths = [depth for _, _, depth in self.modules]
+        # (guidance branch, step or None) while the pipeline is inside `model.cache_context`.
+        self.context: tuple[str, int | None] | None = None
         self.wrappers: list = []
         self._slots: OrderedDict[str, list[_Slot | None]] = OrderedDict()
         self._generation: int | None = None
         self._forward: _Forward | None = None
         self._call_in_step: tuple[object, int] = (None, -1)
+        self._seen: set[int] = set()  # layers that have come by in this forward
         self._linear_weights = _linear_weights(model)
         STATES[self.key] = self
 
@@ -113,39 +118,67 @@ class RunState:
     def begin_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """The transformer is about to run."""
         arguments = adapters.bind_forward(model, args, kwargs)
-        tick = self.clock.read(self.adapter.timestep(arguments), self.context)
+        branch, step = self.context or (None, None)
+        tick = self.clock.read(
+            self.adapter.timestep(arguments), branch=branch, step=step, who=self.key
+        )
         if tick.generation != self._generation:
             self._generation = tick.generation
             self._slots.clear()
             self._call_in_step = (None, -1)
-        self.recorder.begin_generation(tick.generation)
-        self.recorder.sigmas[tick.step] = tick.sigma
-        self.recorder.num_steps = tick.num_steps
+        recorder = self.recorder
+        recorder.begin_generation(tick.generation)
+        recorder.sigmas[tick.step] = tick.sigma
+        recorder.num_steps = tick.num_steps
         grid, problem = None, None
         try:
             grid = self.adapter.token_grid(model, arguments)
-            self.recorder.grid = str(grid)
+            recorder.grid = str(grid)
         except ValueError as error:
             problem = str(error)
-        if torch.is_grad_enabled() and _needs_gradients(model, arguments):
-            for layer in self.layers:
-                self.recorder.dense(layer, tick.step, "gradients are on", warn=True)
-        device = next(model.parameters()).device
+        # Not the weights' device: under offloading they are still on the CPU here.
+        device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
+        self._seen = set()
         self._forward = _Forward(
-            tick, self._branch(tick), grid, problem, self.recorder.mark(device)
+            tick=tick,
+            branch=branch or self._unnamed_branch(tick),
+            grid=grid,
+            problem=problem,
+            device=device,
+            started=recorder.mark(device),
+            gradients=torch.is_grad_enabled(),
         )
+        for (_, module, _), wrapper, layer in zip(
+            self.modules, self.wrappers, self.layers, strict=True
+        ):
+            if module.processor is not wrapper:
+                recorder.dense(
+                    layer,
+                    tick.step,
+                    "the attention processor was replaced after enable()",
+                    warn=True,
+                )
 
-    def end_forward(self, model: nn.Module) -> None:
+    def end_forward(self) -> None:
         """The transformer has run."""
         forward, self._forward = self._forward, None
-        if forward is not None:
-            stop = self.recorder.mark(next(model.parameters()).device)
-            self.recorder.span(forward.tick.step, forward.started, stop)
+        if forward is None:
+            return
+        if forward.gradients:
+            # Calls that need gradients never reach `attend`; what did not come by took the stock path.
+            for index in set(range(len(self.layers))) - self._seen:
+                self.recorder.dense(
+                    self.layers[index], forward.tick.step, "gradients are on", warn=True
+                )
+        self.recorder.span(forward.tick.step, forward.started, self.recorder.mark(forward.device))
 
-    def _branch(self, tick: Tick) -> str:
-        name = getattr(self.context, "name", self.context)
-        if isinstance(name, str):
-            return name
+    def release(self) -> None:
+        """Let go of the model and the masks; what was recorded stays."""
+        self.modules, self.wrappers = [], []
+        self._slots.clear()
+        STATES.pop(self.key, None)
+
+    def _unnamed_branch(self, tick: Tick) -> str:
         # A pipeline that names no branches still calls them in the same order within every step.
         moment = (tick.generation, tick.step)
         count = self._call_in_step[1] + 1 if self._call_in_step[0] == moment else 0
@@ -166,6 +199,7 @@ class RunState:
         enable_gqa: bool,
     ) -> Tensor:
         """Attention of layer `index`; `[B, S, H, D]` in and out."""
+        self._seen.add(index)
         reason, warn = self._dense_reason(query, key, attn_mask, is_causal), True
         site = None
         if reason is None:
@@ -202,6 +236,8 @@ class RunState:
             return "an attention mask that this adapter does not understand"
         if is_causal:
             return "causal attention"
+        if query.dtype not in DTYPES:
+            return f"{str(query.dtype).removeprefix('torch.')} tensors"
         if query.shape[1:] != key.shape[1:]:
             return f"queries {list(query.shape[1:])} and keys {list(key.shape[1:])} differ in shape"
         if query.shape[1] != forward.grid.num_tokens:
@@ -214,8 +250,8 @@ class RunState:
     def _site(self, index: int) -> AttentionSite:
         forward = self._forward
         return AttentionSite(
-            layer=index,
-            num_layers=len(self.layers),
+            layer=self.depths[index],
+            num_layers=max(self.depths) + 1,
             step=forward.tick.step,
             num_steps=forward.tick.num_steps,
             sigma=forward.tick.sigma,
@@ -235,10 +271,9 @@ class RunState:
         """The output, or why this call is better (or only) done dense."""
         method, grid, tokens = self.method, site.grid, query.shape[1]
         block_size = method.block_size(grid)
-        try:
-            backend = _backend_for(query.device.type, query.dtype, query.shape[-1], block_size)
-        except ValueError as error:
-            return None, str(error)
+        backend = _backend_for(query.device.type, query.dtype, query.shape[-1], block_size)
+        if backend.name == "reference":
+            return None, f"no fast kernel: {backend.reason}"
         slot = self._slot(site.branch, index, query, block_size, grid)
         order = method.order(grid)
         q, k, v = (
@@ -302,7 +337,7 @@ class RunState:
         recorder = self.recorder
         recorder.sparse(self.layers[index], site.step, density)
         recorder.backends.setdefault(backend.name, backend.reason)
-        if recorder.attention_share is None or index == 0:
+        if recorder.attention_share is None:
             tokens, width = query.shape[1], query.shape[2] * query.shape[3]
             attention = 4 * tokens * tokens * width * len(self.layers)
             recorder.attention_share = attention / (attention + 2 * tokens * self._linear_weights)
@@ -339,8 +374,3 @@ def _linear_weights(model: nn.Module) -> int:
         for m in b.modules()
         if isinstance(m, nn.Linear)
     )
-
-
-def _needs_gradients(model: nn.Module, arguments) -> bool:
-    inputs = (x for x in arguments.values() if isinstance(x, Tensor))
-    return any(x.requires_grad for x in itertools.chain(inputs, model.parameters()))

@@ -7,7 +7,6 @@ called with; every mask, window and forced row derives from it.
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -106,12 +105,6 @@ class TokenGrid:
         out[start:stop] = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
         return out
 
-    @property
-    def layout_hash(self) -> str:
-        """Twelve hex digits that change with anything that changes the meaning of a position."""
-        text = ";".join(f"{s.role}:{s.length}:{s.shape}" for s in self.segments)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
-
     def __str__(self) -> str:
         parts = (
             "x".join(map(str, s.shape)) if s.shape else f"{s.length} {s.role}"
@@ -166,6 +159,8 @@ class TokenOrder:
 
 
 def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    if x.shape[1] != index.shape[1]:
+        raise ValueError(f"the grid has {index.shape[1]} tokens, the tensor {x.shape[1]}")
     if index.shape[0] == 1:
         return x.index_select(1, index[0])
     if index.shape[0] != x.shape[2]:

@@ -29,6 +29,8 @@ def build_method(method: str | Method, **params: object) -> Method:
                 f"for example {type(method).__name__}({next(iter(params))}=...)"
             )
         return method
+    if isinstance(method, type) and issubclass(method, Method):
+        raise TypeError(f"method is the class {method.__name__}; make one: {method.__name__}(...)")
     if not isinstance(method, str):
         raise TypeError(f"method must be a name or a Method, got {type(method).__name__}")
     if method not in METHODS:

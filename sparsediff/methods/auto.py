@@ -44,12 +44,10 @@ class Auto(Method):
     block: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.density <= 1.0:
-            raise ValueError(f"density must be in (0, 1], got {self.density}")
-        if self.refresh_every < 1:
-            raise ValueError(f"refresh_every must be >= 1, got {self.refresh_every}")
-        if self.block is not None and self.block not in WINDOWS:
-            raise ValueError(f"block must be one of {sorted(WINDOWS)} or None, got {self.block}")
+        self._require("density", float, lambda x: 0 < x <= 1, "a share in (0, 1]")
+        self._require("refresh_every", int, lambda x: x >= 1, "a whole number of steps >= 1")
+        if self.block is not None:
+            self._require("block", int, lambda x: x in WINDOWS, f"one of {sorted(WINDOWS)} or None")
 
     def block_size(self, grid: TokenGrid) -> tuple[int, int]:
         """Square blocks."""
@@ -68,5 +66,5 @@ class Auto(Method):
         return row_top_k(block_mass(query, key, self.block_size(site.grid)), self.density)
 
     def default_schedule(self) -> Schedule:
-        """Dense above noise level 0.9."""
-        return Schedule(dense_above_sigma=0.9)
+        """Dense above noise level 0.95: 14 % of the steps at a flow shift of 3, 20 % at 5, the first of 4 with a LoRA."""
+        return Schedule(dense_above_sigma=0.95)

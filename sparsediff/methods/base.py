@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -79,6 +80,13 @@ class Method(ABC):
     def parameters(self) -> dict[str, object]:
         """Field names and values, for reports."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def _require(self, name: str, kind: type, accept: Callable[[object], bool], what: str) -> None:
+        """Refuse a field whose type or value is not `what`."""
+        value = getattr(self, name)
+        kinds = (int, float) if kind is float else (kind,)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not accept(value):
+            raise ValueError(f"{name} must be {what}, got {value!r}")
 
     def __str__(self) -> str:
         inside = ", ".join(f"{k}={v!r}" for k, v in self.parameters().items())

@@ -44,11 +44,9 @@ class DraftAttention(Method):
     row_minimum: int = 1
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.sparsity < 1.0:
-            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        self._require("sparsity", float, lambda x: 0 <= x < 1, "a share in [0, 1)")
         for name in ("pool_h", "pool_w", "row_minimum"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+            self._require(name, int, lambda x: x >= 1, "a whole number >= 1")
         if self.pool_h * self.pool_w not in (64, 128):
             raise ValueError(
                 f"pool_h * pool_w is the block and must be 64 or 128, got {self.pool_h} * {self.pool_w}"

@@ -43,16 +43,22 @@ class LiteAttention(Method):
     tile: tuple[int, int] = (128, 128)
 
     def __post_init__(self) -> None:
-        if not self.threshold < 0:
-            raise ValueError(
-                f"threshold is in log2 units below 0 (published: -10, -3 is aggressive), got {self.threshold}"
-            )
-        if len(self.tile) != 2 or min(self.tile) < 16:
-            raise ValueError(f"tile must be two sizes >= 16, got {self.tile}")
+        self._require(
+            "threshold",
+            float,
+            lambda x: x < 0,
+            "a number of log2 units below 0 (published: -10; -3 is aggressive)",
+        )
+        self._require(
+            "tile",
+            tuple,
+            lambda x: len(x) == 2 and all(isinstance(n, int) and n >= 16 for n in x),
+            "two sizes >= 16, such as (128, 128)",
+        )
 
     def block_size(self, grid: TokenGrid) -> tuple[int, int]:
         """The tile, whatever the grid."""
-        return tuple(self.tile)
+        return self.tile
 
     def keep_blocks(self, query: Tensor, key: Tensor, site: AttentionSite) -> Tensor:
         """Everything: the first call of a generation visits all tiles, later ones only what its vote left."""

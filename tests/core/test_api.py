@@ -35,7 +35,7 @@ def test_the_signature_is_the_promised_one():
     [
         ({"method": "atuo"}, "did you mean 'auto'"),
         ({"method": "auto", "densty": 0.3}, "did you mean 'density'"),
-        ({"method": "auto", "density": 2.0}, r"density must be in \(0, 1\]"),
+        ({"method": "auto", "density": 2.0}, r"density must be a share in \(0, 1\]"),
         ({"schedule": 0.2}, "must be a sparsediff.Schedule"),
         ({"calibration": {}}, "takes no calibration"),
         ({"on_unsupported": "warn"}, "'raise' or 'dense'"),
@@ -113,7 +113,7 @@ def test_the_wrapper_has_the_signature_of_what_it_wraps(pipe):
 def test_a_processor_that_others_replaced_meanwhile_is_left_alone(pipe):
     handle = sparsediff.enable(pipe)
     module = pipe.transformer.blocks[0].attn1
-    stock, theirs = module.processor.stock, object()
+    stock, theirs = module.processor.original, object()
     module.processor = theirs
     with pytest.warns(RuntimeWarning, match="replaced after"):
         handle.disable()

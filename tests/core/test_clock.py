@@ -32,7 +32,7 @@ class Pipe:
             if i == stop_after:
                 return ticks
             self._current_timestep = t
-            ticks += [clock.read(t, None) for _ in range(branches)]
+            ticks += [clock.read(t) for _ in range(branches)]
             x = self.scheduler.step(torch.zeros_like(x), t, x, return_dict=False)[0]
         self._current_timestep = None
         return ticks
@@ -58,40 +58,63 @@ def test_steps_are_counted_per_evaluation_and_generations_per_run(name, branches
         )
 
 
-def test_a_run_that_starts_in_the_middle_counts_from_there():
-    """Video-to-video with strength < 1 skips the first timesteps."""
-    pipe = Pipe(SCHEDULERS["flow euler"]())
-    clock = Clock(pipe)
-    scheduler = pipe.scheduler
+@pytest.mark.parametrize("told", [True, False])
+def test_a_run_that_starts_in_the_middle_counts_from_there(told):
+    """Some pipelines tell the scheduler where they start, others only skip the first timesteps."""
+    scheduler = SCHEDULERS["flow euler"]()
+    clock = Clock(pipe := Pipe(scheduler))
     scheduler.set_timesteps(10)
-    scheduler.set_begin_index(6)
+    if told:
+        scheduler.set_begin_index(6)
     ticks, x = [], torch.zeros(1, 4, 2, 2)
-    for t in scheduler.timesteps[6:]:
-        ticks.append(clock.read(t, None))
+    for t in pipe.scheduler.timesteps[6:]:
+        ticks.append(clock.read(t))
         x = scheduler.step(torch.zeros_like(x), t, x, return_dict=False)[0]
     assert [t.step for t in ticks] == [0, 1, 2, 3]
     assert ticks[0].num_steps == 4
-    assert ticks[0].sigma == pytest.approx(scheduler.timesteps[6].item() / 1000)
+    assert [t.sigma for t in ticks] == pytest.approx((scheduler.timesteps[6:] / 1000).tolist())
+
+
+def test_one_branch_twice_in_a_step_is_a_new_generation():
+    clock = Clock(None)
+    t = torch.tensor([900.0])
+    ticks = [
+        clock.read(t, branch=b, who=w)
+        for b, w in [("cond", 1), ("uncond", 1), ("cond", 2), ("cond", 1)]
+    ]
+    assert [x.generation for x in ticks] == [0, 0, 0, 1]
+
+
+def test_another_pipeline_with_a_scheduler_of_its_own_starts_a_generation():
+    pipe = Pipe(SCHEDULERS["flow euler"]())
+    clock = Clock(pipe)
+    pipe.run(clock, 3)
+    other = [
+        clock.read(torch.tensor([t]), branch="cond", step=i) for i, t in enumerate((999.0, 500.0))
+    ]
+    assert [t.generation for t in other] == [1, 1]
+    assert [t.step for t in other] == [0, 1]
+    assert [t.sigma for t in other] == pytest.approx([0.999, 0.5])
+    assert pipe.run(clock, 3)[0].generation == 2
 
 
 def test_a_bare_transformer_is_followed_by_its_timesteps():
     clock = Clock(None)
-    ticks = [
-        clock.read(torch.tensor([t]), None) for t in (900.0, 900.0, 500.0, 100.0, 100.0, 900.0)
-    ]
+    ticks = [clock.read(torch.tensor([t])) for t in (900.0, 900.0, 500.0, 100.0, 100.0, 900.0)]
     assert [t.step for t in ticks] == [0, 0, 1, 2, 2, 0]
     assert [t.generation for t in ticks] == [0, 0, 0, 0, 0, 1]
     assert ticks[0].num_steps is None
     clock.begin_generation(4)
-    tick = clock.read(torch.tensor([100.0]), None)
+    tick = clock.read(torch.tensor([100.0]))
     assert (tick.generation, tick.step, tick.num_steps) == (2, 0, 4)
+    assert clock.read(torch.tensor([900.0])).num_steps is None, "the promise was for one generation"
 
 
 def test_calls_after_a_run_are_not_taken_for_its_next_step():
     pipe = Pipe(SCHEDULERS["flow euler"]())
     clock = Clock(pipe)
     pipe.run(clock, 3)
-    first, second = (clock.read(torch.tensor([t]), None) for t in (400.0, 300.0))
+    first, second = (clock.read(torch.tensor([t])) for t in (400.0, 300.0))
     assert (first.step, second.step) == (0, 1)
     assert first.sigma == pytest.approx(0.4)
     assert pipe.run(clock, 3)[0].step == 0

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsediff import AttentionSite, Auto, DraftAttention, LiteAttention, Schedule, TokenGrid
-from sparsediff.budget import head_percentile, row_top_k, row_top_p
+from sparsediff.budget import head_percentile, row_top_k
 from sparsediff.methods import METHODS, build_method
 
 
@@ -47,16 +47,6 @@ def test_row_top_k_keeps_the_best_of_every_row(s, density):
     assert (keep.sum(-1) - k).abs().max() <= 1
     kept, dropped = s.masked_fill(~keep, math.inf).amin(-1), s.masked_fill(keep, -math.inf).amax(-1)
     assert (kept >= dropped).all()
-
-
-@given(scores, fractions)
-def test_row_top_p_is_the_smallest_set_with_that_mass(s, share):
-    mass = s.softmax(-1)
-    keep = row_top_p(mass, share)
-    held = (mass * keep).sum(-1)
-    assert (held >= share - 1e-5).all()
-    without_smallest = held - mass.masked_fill(~keep, math.inf).amin(-1)
-    assert ((without_smallest < share + 1e-5) | (keep.sum(-1) == 1)).all()
 
 
 @given(scores, fractions, st.integers(1, 3))
@@ -162,10 +152,16 @@ def test_every_method_describes_itself(name):
         (lambda: LiteAttention(tile=(8, 128)), "two sizes >= 16"),
         (lambda: DraftAttention(sparsity=1.0), r"in \[0, 1\)"),
         (lambda: DraftAttention(pool_h=3), "must be 64 or 128"),
-        (lambda: DraftAttention(row_minimum=0), "row_minimum must be >= 1"),
-        (lambda: Auto(density=0.0), r"in \(0, 1\]"),
+        (lambda: DraftAttention(row_minimum=0), "row_minimum must be a whole number >= 1"),
+        (lambda: Auto(density=0.0), r"density must be a share in \(0, 1\]"),
         (lambda: Auto(block=96), "block must be one of"),
-        (lambda: Auto(refresh_every=0), "refresh_every must be >= 1"),
+        (lambda: Auto(refresh_every=0), "refresh_every must be a whole number of steps >= 1"),
+        (lambda: DraftAttention(pool_h=8.0), "pool_h must be a whole number"),
+        (lambda: LiteAttention(tile=(64.0, 64.0)), "two sizes >= 16"),
+        (lambda: LiteAttention(tile=64), "two sizes >= 16"),
+        (lambda: Auto(density="abc"), "density must be a share"),
+        (lambda: Auto(density=True), "density must be a share"),
+        (lambda: Auto(refresh_every=2.5), "refresh_every must be a whole number"),
         (lambda: build_method("lite"), "did you mean 'lite_attention'"),
         (lambda: build_method("draft_attention", sparsty=0.5), "did you mean 'sparsity'"),
         (lambda: row_top_k(torch.zeros(1, 1, 2, 2), 0.0), r"density must be in \(0, 1\]"),
@@ -179,5 +175,7 @@ def test_impossible_parameters_are_refused(make, message):
 def test_parameters_beside_a_ready_method_are_refused():
     with pytest.raises(TypeError, match="already configured"):
         build_method(LiteAttention(), threshold=-3.0)
+    with pytest.raises(TypeError, match=r"make one: LiteAttention\(...\)"):
+        build_method(LiteAttention)
     with pytest.raises(TypeError, match="a name or a Method"):
         build_method(7)

@@ -44,9 +44,10 @@ def test_high_noise_and_first_layers():
     assert schedule.dense_reason(site(sigma=0.1, layer=1)) == "schedule: first layers"
 
 
-def test_a_fraction_of_an_unknown_number_of_steps_says_what_to_do():
-    with pytest.raises(ValueError, match="begin_generation"):
-        Schedule(dense_steps=0.5).dense_reason(site(num_steps=None))
+def test_a_fraction_of_an_unknown_number_of_steps_stays_dense_and_says_why():
+    assert "number of steps is unknown" in Schedule(dense_steps=0.5).dense_reason(
+        site(num_steps=None)
+    )
     assert Schedule(dense_steps=1.0).dense_reason(site(num_steps=None))
     assert Schedule(dense_steps=2).dense_reason(site(num_steps=None))
 
@@ -59,6 +60,7 @@ def test_a_fraction_of_an_unknown_number_of_steps_says_what_to_do():
         ({"dense_steps": True}, "count"),
         ({"dense_steps": "all"}, "count"),
         ({"dense_above_sigma": 925}, r"in \[0, 1\]"),
+        ({"dense_above_sigma": "0.9"}, "must be a number"),
         ({"dense_layers": -2}, ">= 0"),
         ({"dense_layers": 0.5}, "count"),
     ],

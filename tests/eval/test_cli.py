@@ -112,7 +112,7 @@ def test_methods_and_doctor(capsys):
         (["compare", *FAST, "--method", "lite"], "did you mean 'lite_attention'"),
         (["compare", *FAST, "--set", "densty=0.3"], "did you mean 'density'"),
         (["compare", *FAST, "--set", "density"], "--set takes NAME=VALUE"),
-        (["compare", *FAST, "--set", "density=7"], "density must be in"),
+        (["compare", *FAST, "--set", "density=7"], "density must be a share in"),
         (["compare", *FAST, "--dense-steps", "1.5"], "use an int for a count"),
         (["generate", *FAST, "--out", "clip.gif"], "--out must end in .mp4"),
         (["generate", *FAST, "--steps", "0"], "--steps must be at least 1"),
