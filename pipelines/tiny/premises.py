@@ -207,8 +207,8 @@ def similarity(probe: Probe, prompts: int, seeds: int) -> dict[str, float]:
     }
 
 
-def measure(args: argparse.Namespace) -> dict:
-    """Run the model dense, recording, and then sparse at every density."""
+def measure(args: argparse.Namespace) -> Iterator[dict]:
+    """Run the model dense, recording, and then sparse at every density; yield what is known so far."""
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     pipe = load_folder(args.weights, args.model, torch_dtype=dtype, device=device)
@@ -243,6 +243,7 @@ def measure(args: argparse.Namespace) -> dict:
         "oracle": {},
     }
     del recorder
+    yield result
     dense_steps = round(DENSE_FRACTION * steps)
     for density in args.densities:
         video = run(Probe(layers, dense_steps=dense_steps, density=density))
@@ -256,7 +257,7 @@ def measure(args: argparse.Namespace) -> dict:
             f"density {density:g}: PSNR {p.mean():.1f} dB ({p.min():.1f} to {p.max():.1f}), SSIM {s.mean():.3f}",
             flush=True,
         )
-    return result
+        yield result
 
 
 def plot(result: dict, path: Path) -> None:
@@ -339,10 +340,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tag", default="", help="appended to the file names")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    result = measure(args)
     args.out.mkdir(parents=True, exist_ok=True)
     stem = f"{args.model}-premises{args.tag}"
-    (args.out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+    for result in measure(args):
+        (args.out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
     if result["oracle"]:
         plot(result, args.out / f"{stem}.png")
 

@@ -88,7 +88,9 @@ class AutoencoderRecipe:
     learning_rate: float = 1.2e-3
     warmup: int = 100
     fresh: bool = True
-    decoder_only: bool = False  # the latents stay what they are, so a denoiser trained on them stays valid
+    decoder_only: bool = (
+        False  # the latents stay what they are, so a denoiser trained on them stays valid
+    )
     exam: tuple[int, int, int, int] = (33, 128, 16, 4)  # frames, size, batch, rounds
 
 
@@ -525,7 +527,11 @@ def main(argv: list[str] | None = None) -> None:
     if world.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = args.stage == "autoencoder"
-    log = Log(world, args.out / f"log-{args.stage}-{args.model if args.stage != 'autoencoder' else args.recipe}.jsonl")
+    log = Log(
+        world,
+        args.out
+        / f"log-{args.stage}-{args.model if args.stage != 'autoencoder' else args.recipe}.jsonl",
+    )
     {"autoencoder": train_autoencoder, "denoiser": train_denoiser, "export": export}[args.stage](
         args, world, log
     )
