@@ -1,6 +1,8 @@
 """Real Wan pipelines at tiny random sizes: what `enable` must and must not change."""
 
+import copy
 import gc
+import pickle
 import subprocess
 import sys
 import weakref
@@ -477,3 +479,279 @@ def test_context_parallelism_is_refused(pipe):
         processor = pipe.transformer.blocks[0].attn1.processor
         with pytest.raises(ValueError, match="context parallelism"):
             processor._parallel_config = object()
+
+
+# -- odd orders and odd objects -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(128, 128, 17), (96, 112, 21), (48, 176, 49)], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [Auto(density=1.0, block=64), DraftAttention(sparsity=0.0, pool_h=8, pool_w=8)],
+    ids=lambda m: m.name,
+)
+def test_reordered_methods_that_keep_everything_change_nothing(method, size, monkeypatch):
+    """Query, key and value must move together, and the output back."""
+    monkeypatch.setattr("sparsediff.state.CPU_BREAK_EVEN", 2.0)
+    pipe = random_wan_pipeline()
+    shape = dict(zip(("height", "width", "frames"), size, strict=True))
+    stock = generate(pipe, **shape)
+    with sparsediff.enable(pipe, method, schedule=SPARSE) as handle:
+        out = generate(pipe, **shape)
+        assert handle.report().dense_calls == {}
+    assert torch.allclose(out, stock, rtol=0, atol=2e-5 * stock.abs().max().item())
+
+
+def test_tokens_outside_the_grid_stay_exact(monkeypatch):
+    """The last latent frame plays an image segment: its rows must see everything, and every row must see it."""
+    from sparsediff import Segment, TokenGrid
+    from sparsediff.pipelines.wan import WanAdapter
+
+    real = WanAdapter.token_grid
+
+    def with_image(self, model, arguments):
+        f, h, w = real(self, model, arguments).shape
+        grid = Segment(role="grid", length=(f - 1) * h * w, shape=(f - 1, h, w))
+        return TokenGrid((grid, Segment(role="image", length=h * w)))
+
+    monkeypatch.setattr(WanAdapter, "token_grid", with_image)
+    pipe = random_wan_pipeline()
+    with sparsediff.enable(pipe, Auto(density=0.2, block=64), schedule=SPARSE) as handle:
+        generate(pipe, steps=1)
+        state = handle.states[0]
+        bitmaps = [slot.mask((64, 64), 320).to_dense() for slot in state._slots["cond"]]
+    for keep in bitmaps:
+        assert keep[..., 4, :].all()
+        assert keep[..., :, 4].all()
+        assert not keep[..., :4, :4].all()
+
+
+def test_video_to_video_is_counted_from_where_it_starts():
+    from diffusers import WanVideoToVideoPipeline
+    from PIL import Image
+
+    base = random_wan_pipeline()
+    parts = {
+        k: v
+        for k, v in base.components.items()
+        if k in ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+    }
+    pipe = WanVideoToVideoPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    with sparsediff.enable(pipe, HALF, schedule=Schedule(dense_steps=0.34)) as handle:
+        pipe(
+            video=[Image.new("RGB", (128, 128), (i * 10, 40, 90)) for i in range(17)], prompt="a", height=128, width=128,
+            strength=0.5, num_inference_steps=6, max_sequence_length=16, output_type="latent",
+        )  # fmt: skip
+        report = handle.report()
+    expected = pipe.scheduler.timesteps[3:].tolist()
+    assert report.num_steps == 3
+    assert [s.sigma for s in report.steps] == pytest.approx([t / 1000 for t in expected], abs=1e-3)
+    assert [s.dense_share for s in report.steps] == [1.0, 1.0, 0.0]
+
+
+def test_one_processor_object_may_serve_every_module(pipe):
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    stock = generate(pipe)
+    shared = WanAttnProcessor()
+    pipe.transformer.set_attn_processor(shared)
+    with sparsediff.enable(pipe, HALF, schedule=SPARSE) as handle:
+        generate(pipe)
+        assert handle.report().density < 0.5
+    assert pipe.transformer.blocks[1].attn1.processor is shared
+    assert torch.equal(generate(pipe), stock)
+
+
+def test_an_interrupt_while_enabling_restores(pipe, monkeypatch):
+    stock = generate(pipe)
+    calls = []
+    real = sparsediff.patch.wrap_processor
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr("sparsediff.patch.wrap_processor", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sparsediff.enable(pipe, HALF)
+    assert type(pipe.transformer.blocks[0].attn1.processor).__name__ == "WanAttnProcessor"
+    assert not pipe.transformer._forward_pre_hooks
+    assert torch.equal(generate(pipe), stock)
+    with sparsediff.enable(pipe, HALF, schedule=SPARSE) as handle:
+        generate(pipe)
+        assert handle.report().density < 0.5
+
+
+def test_an_exception_inside_the_transformer_leaves_it_usable(pipe):
+    with sparsediff.enable(pipe, HALF, schedule=SPARSE):
+        expected = generate(pipe)
+        broken = pipe.transformer.blocks[1].ffn.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            generate(pipe)
+        broken.remove()
+        assert torch.equal(generate(pipe), expected)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_of_an_enabled_pipeline_are_stock(pipe, how):
+    stock = generate(pipe)
+    with sparsediff.enable(pipe, HALF, schedule=SPARSE) as handle:
+        expected = generate(pipe)
+        before = handle.report()
+        if how == "deepcopy":
+            copied = copy.deepcopy(pipe)
+        else:
+            copied = random_wan_pipeline()
+            copied.transformer = pickle.loads(pickle.dumps(pipe.transformer))
+        assert torch.allclose(generate(copied), stock, atol=1e-5)
+        assert handle.report() == before, "the copy must not write into the original's report"
+        with sparsediff.enable(copied, HALF, schedule=SPARSE) as second:
+            assert torch.allclose(generate(copied), expected, atol=1e-5)
+            assert second.report().density < 0.5
+        assert torch.allclose(generate(copied), stock, atol=1e-5)
+        assert torch.equal(generate(pipe), expected)
+
+
+def test_a_replaced_processor_is_counted_as_dense(pipe):
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    stock = generate(pipe)
+    with sparsediff.enable(pipe, HALF, schedule=SPARSE) as handle:
+        pipe.transformer.blocks[0].attn1.processor = WanAttnProcessor()
+        with pytest.warns(RuntimeWarning, match="was replaced after enable"):
+            generate(pipe)
+        report = handle.report()
+        with pytest.warns(RuntimeWarning, match=r"blocks\.0\.attn1"):
+            handle.disable()
+    assert report.dense_calls == {"the attention processor was replaced after enable()": 6}
+    assert torch.equal(generate(pipe), stock)
+
+
+def test_a_replaced_transformer_is_said(pipe):
+    with sparsediff.enable(pipe, HALF) as handle:
+        pipe.transformer = random_wan_pipeline(seed=1).transformer
+        with pytest.warns(RuntimeWarning, match=r"pipe\.transformer was replaced"):
+            generate(pipe)
+        sparsediff.disable(pipe)
+        assert not handle.enabled
+
+
+def test_enabling_one_expert_anew_leaves_the_other_enabled():
+    pipe = random_wan_pipeline("t2v-2.2")
+    both = sparsediff.enable(pipe, HALF, schedule=SPARSE)
+    one = sparsediff.enable(pipe.transformer, HALF, schedule=SPARSE)
+    generate(pipe, steps=4)
+    assert {layer.name.split(".")[0] for layer in both.report().layers} == {"transformer_2"}
+    assert one.report().calls
+    sparsediff.disable(pipe)
+    assert not both.enabled
+    assert not one.enabled
+    assert not pipe.transformer._forward_pre_hooks
+    assert not pipe.transformer_2._forward_pre_hooks
+
+
+def test_first_layers_of_vace_are_those_of_both_stacks():
+    pipe = random_wan_pipeline("vace")
+    with sparsediff.enable(pipe, HALF, schedule=Schedule(dense_layers=1)) as handle:
+        generate(pipe)
+        dense = {layer.name: layer.density == 1.0 for layer in handle.report().layers}
+    assert dense == {
+        "transformer.vace_blocks.0.attn1": True,
+        "transformer.vace_blocks.1.attn1": False,
+        "transformer.blocks.0.attn1": True,
+        "transformer.blocks.1.attn1": False,
+    }
+
+
+def test_an_enabled_pipeline_is_collected_with_its_handle():
+    pipe = random_wan_pipeline()
+    model = weakref.ref(pipe.transformer)
+    handle = sparsediff.enable(pipe, HALF, schedule=SPARSE)
+    generate(pipe)
+    del pipe, handle
+    gc.collect()
+    assert model() is None
+
+
+def test_a_disabled_handle_keeps_its_report_but_not_the_model(pipe):
+    pipe = random_wan_pipeline()
+    model = weakref.ref(pipe.transformer)
+    handle = sparsediff.enable(pipe, HALF, schedule=SPARSE)
+    generate(pipe)
+    handle.disable()
+    del pipe
+    gc.collect()
+    assert model() is None
+    assert handle.report().calls == 12
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [{"num_videos_per_prompt": 2}, {"prompt": ["a circle", "two stars"]}],
+    ids=["videos", "prompts"],
+)
+@pytest.mark.parametrize(
+    "method",
+    [HALF, LiteAttention(threshold=-2.0, tile=(64, 64)), DraftAttention(pool_h=8, pool_w=8)],
+    ids=lambda m: m.name,
+)
+def test_each_row_of_a_batch_has_its_own_mask(pipe, method, batch):
+    pipe.set_progress_bar_config(disable=True)
+    size = {
+        "height": 128,
+        "width": 128,
+        "num_frames": 17,
+        "num_inference_steps": 2,
+        "max_sequence_length": 16,
+        "output_type": "latent",
+    }
+    latents = torch.randn(2, 16, 5, 16, 16, generator=torch.Generator().manual_seed(0))
+    with sparsediff.enable(pipe, method, schedule=SPARSE):
+        together = pipe(**{"prompt": "a circle", **batch}, latents=latents, **size).frames
+        for row in range(2):
+            prompt = batch.get("prompt", ["a circle"] * 2)[row]
+            alone = pipe(prompt=prompt, latents=latents[row : row + 1], **size).frames
+            assert torch.allclose(together[row : row + 1], alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["FirstBlockCacheConfig", "PyramidAttentionBroadcastConfig"])
+def test_step_caches_beside_us(pipe, cache):
+    import diffusers
+
+    config = {
+        "FirstBlockCacheConfig": lambda: diffusers.FirstBlockCacheConfig(threshold=10.0),
+        "PyramidAttentionBroadcastConfig": lambda: diffusers.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(0, 1000),
+            current_timestep_callback=lambda: pipe._current_timestep,
+        ),
+    }[cache]()
+    with sparsediff.enable(pipe, HALF, schedule=SPARSE) as handle:
+        pipe.transformer.enable_cache(config)
+        first, second = generate(pipe, steps=5), generate(pipe, steps=5)
+        report = handle.report()
+        pipe.transformer.disable_cache()
+        assert torch.equal(first, second)
+        assert report.calls < 5 * 2 * 2, "the cache must have skipped something"
+        assert report.num_steps == 5
+        assert [s.step for s in report.steps] == list(range(5))
+        generate(pipe, steps=5)
+        assert handle.report().calls == 5 * 2 * 2
+
+
+def test_the_estimate_is_the_arithmetic_it_says(pipe):
+    with sparsediff.enable(pipe, HALF, schedule=Schedule(dense_steps=1)) as handle:
+        generate(pipe, height=256, width=256)
+        report = handle.report()
+    tokens, width, layers = 5 * 16 * 16, 24, 2
+    attention = 4 * tokens * tokens * width * layers
+    # four projections of self-attention, four of cross-attention and two of the feed-forward net, in each block
+    linear = 2 * tokens * layers * (8 * 24 * 24 + 2 * 24 * 32)
+    share = attention / (attention + linear)
+    from sparsediff.recorder import KEPT_BLOCK_COST
+
+    relative = 1 / 3 + 2 / 3 * KEPT_BLOCK_COST["cpu"] * report.steps[1].density
+    assert report.estimated_speedup == pytest.approx(1 / (1 - share + share * relative), rel=1e-6)
