@@ -176,7 +176,7 @@ def block_sparse_fwd(
     if HAS_LENGTHS:
         length = tl.minimum(tl.load(kv_lengths_ptr + i_b), seq_k)
         count = _visible_blocks(p_list, count, length, KV_BLOCK)
-    # An empty row masks its peeled block whole: no branch, and the block it names is never read.
+    # An empty row masks its peeled block whole: no branch, and nothing is read.
     length = tl.where(count > 0, length, 0)
 
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -208,7 +208,8 @@ def block_sparse_fwd(
         # No softmax, no mass: exp2(x - inf) is 0.
         b_norm = tl.where(b_norm == float("-inf"), float("inf"), b_norm * LOG2E)
 
-    i_kv = tl.load(p_list + tl.maximum(count - 1, 0))
+    # What an empty row's list holds is arbitrary, and may overflow into something that looks like a block.
+    i_kv = tl.where(count > 0, tl.load(p_list + tl.maximum(count - 1, 0)), 0)
     b_mass = tl.zeros([1], tl.float32)
     o_one = tl.arange(0, 1)
     # Not unrolled and not pipelined: it would take registers and shared memory from the loop that matters.

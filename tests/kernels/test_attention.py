@@ -33,9 +33,16 @@ def make_inputs(seq_q, seq_k, *, batch=1, heads=2, head_dim=64, dtype=torch.floa
 def make_mask(seq_q, seq_k, block_size, *, density=0.5, batch=1, heads=2, seed=0):
     g = torch.Generator().manual_seed(seed)
     blocks = -(-seq_q // block_size[0]), -(-seq_k // block_size[1])
-    return BlockMask.from_dense(
-        torch.rand(batch, heads, *blocks, generator=g) < density, block_size, (seq_q, seq_k)
-    )
+    keep = torch.rand(batch, heads, *blocks, generator=g) < density
+    return spoil(BlockMask.from_dense(keep, block_size, (seq_q, seq_k)))
+
+
+def spoil(mask):
+    """The same mask with wild numbers where its lists must not be read: past each row's count."""
+    column = torch.arange(mask.num_blocks[1])
+    wild = torch.where(column % 2 == 0, 2**31 - 1, -(2**27) - 1).int()
+    lists = torch.where(column < mask.kv_num_blocks[..., None], mask.kv_indices, wild)
+    return BlockMask(mask.kv_num_blocks, lists, mask.block_size, mask.seq_lengths)
 
 
 def token_mask(mask, seq_k=None):
@@ -134,7 +141,7 @@ def test_random_masks_and_ragged_lengths(
 def test_empty_rows_give_zeros_and_minus_infinity(backend):
     keep = torch.ones(1, 2, 3, 3, dtype=torch.bool)
     keep[0, 1, 1] = False
-    mask = BlockMask.from_dense(keep, (64, 64), (150, 150))
+    mask = spoil(BlockMask.from_dense(keep, (64, 64), (150, 150)))
     result = check(*make_inputs(150, 150), mask, backend)
     assert (result.out[0, 64:128, 1] == 0).all()
     assert (result.lse[0, 1, 64:128] == -math.inf).all()
