@@ -96,7 +96,7 @@ def _centre(mask: Tensor) -> Tensor:
 @lru_cache(maxsize=4)
 def _silhouettes(texture: int) -> tuple[Tensor, Tensor]:
     """Every shape at many sizes and angles, `[N, cells]`, and which shape each is, `[N]`."""
-    radius, angle = torch.arange(5.0, 46.0, 1.5), torch.arange(0, 2 * math.pi, 2 * math.pi / 30)
+    radius, angle = torch.arange(5.0, 46.0, 1.5), torch.arange(0, 2 * math.pi, 2 * math.pi / 24)
     radius, angle = (v.flatten() for v in torch.meshgrid(radius, angle, indexing="ij"))
     side = torch.arange(-2 * HALF, 2 * HALF + 2, dtype=torch.float32) - 0.5
     w, u = torch.meshgrid(side, side, indexing="ij")
