@@ -80,6 +80,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(run=_compare)
 
+    bench = commands.add_parser(
+        "bench",
+        help="check and time the attention kernels on this machine",
+        description="Check every kernel against float64, then time it beside dense attention; a few minutes on a GPU.",
+    )
+    bench.add_argument("what", choices=["kernels"], help="what to measure")
+    bench.add_argument("--out", type=Path, metavar="FILE.json", help="also write the results here")
+    bench.set_defaults(run=_bench)
+
     methods = commands.add_parser("methods", help="list the methods, their parameters and papers")
     methods.set_defaults(run=_methods)
 
@@ -192,6 +201,20 @@ def _methods(arguments: argparse.Namespace) -> None:
         print(
             f"      default schedule: {_non_default(cls().default_schedule()) or 'no dense steps or layers'}\n"
         )
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from sparsediff.eval.video import check_writable
+
+    if arguments.out is not None:
+        check_writable(arguments.out)
+    if torch.cuda.is_available():
+        from sparsediff.kernels.bench import main as bench
+    else:
+        from sparsediff.kernels.bench_cpu import main as bench
+    bench([] if arguments.out is None else ["--output", str(arguments.out)])
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

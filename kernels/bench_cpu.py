@@ -101,12 +101,12 @@ def measure(seq: int, heads: int, head_dim: int, repeats: int) -> list[dict]:
     return records
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write JSON where asked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("output", nargs="?", type=Path)
+    parser.add_argument("--output", type=Path, help="write the results here as JSON")
     parser.add_argument("--seq", type=int, nargs="+", default=[2304, 4096])
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)
@@ -117,7 +117,7 @@ def main() -> None:
         default=1,
         help="one by default: threads that wait also burn CPU time",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     with torch.inference_mode():
         records = [

@@ -13,8 +13,9 @@ from torch import Tensor
 from sparsediff.kernels.attention import CPU_BREAK_EVEN
 from sparsediff.report import LayerReport, RunReport, StepReport
 
-# Cost of a kept block relative to its share of a dense call, by kernel.  At the break-even density both cost the same.
-KEPT_BLOCK_COST = {"cpu": 1.0 / CPU_BREAK_EVEN, "triton": 1.25, "gluon": 1.05}
+# Cost of a kept block relative to its share of a dense call (cuDNN on a GPU), by kernel: docs/performance.md.  At the
+# CPU's break-even density both cost the same.
+KEPT_BLOCK_COST = {"cpu": 1.0 / CPU_BREAK_EVEN, "triton": 1.3, "gluon": 0.95, "gluon_int8": 0.86}
 
 
 @dataclass
@@ -62,11 +63,14 @@ class Recorder:
     def dense(self, layer: str, step: int, reason: str, *, warn: bool) -> None:
         """A dense call; `warn` for reasons that the user did not choose, once each."""
         self.calls.append(_Call(layer, step, None, reason))
-        if warn and reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(
-                f"sparsediff: attention ran dense: {reason}", RuntimeWarning, stacklevel=2
-            )
+        if warn:
+            self.warn(f"attention ran dense: {reason}")
+
+    def warn(self, text: str) -> None:
+        """Tell the user, once."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(f"sparsediff: {text}", RuntimeWarning, stacklevel=2)
 
     # -- time -----------------------------------------------------------------------------------------------------
 

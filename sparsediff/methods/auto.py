@@ -19,7 +19,9 @@ from sparsediff.schedule import Schedule
 from sparsediff.token_grid import TokenGrid, TokenOrder
 
 SHORT_SEQUENCE = 16_384  # tokens
-WINDOWS = {64: (4, 4, 4), 128: (2, 8, 8)}  # block -> (frames, height, width)
+# Block -> (frames, height, width).  Patches of one frame divide most grids; boxes that reach over four frames lost
+# 3 dB on the bundled model, whose nine latent frames they do not divide (LOG.md).
+WINDOWS = {64: (1, 8, 8), 128: (1, 8, 16)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +30,10 @@ class Auto(Method):
 
     Attributes:
         density: share of key blocks that every query block keeps.
-        refresh_every: steps between two looks at the exact mass; each costs about half a dense attention call.
-        block: tokens a block, 64 (boxes of 4 x 4 x 4 latent tokens) or 128 (2 x 8 x 8).  None takes 64 for short
-            sequences, where few blocks leave little to choose from, and 128 beyond 16,384 tokens.
+        refresh_every: steps between two looks at the exact mass. Each costs about half a dense attention call on a CPU and
+            up to 1.4 on a GPU (docs/performance.md).
+        block: tokens a block, 64 (patches of 8 x 8 latent tokens of a frame) or 128 (8 x 16).  None takes 64 for
+            short sequences, where few blocks leave little to choose from, and 128 beyond 16,384 tokens.
     """
 
     name: ClassVar[str] = "auto"
@@ -54,7 +57,7 @@ class Auto(Method):
         return (self.block or (64 if grid.num_tokens <= SHORT_SEQUENCE else 128),) * 2
 
     def order(self, grid: TokenGrid) -> TokenOrder:
-        """Compact boxes of tokens."""
+        """DraftAttention's patches."""
         return TokenOrder((WINDOWS[self.block_size(grid)[0]],))
 
     def refreshes(self, site: AttentionSite, last_refresh: int | None) -> bool:

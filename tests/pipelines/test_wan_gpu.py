@@ -7,7 +7,11 @@ import sparsediff
 from sparsediff import Auto, DraftAttention, LiteAttention, Schedule
 from sparsediff.testing import random_wan_pipeline
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # These clips are far too short for a GPU, and the library says so.
+    pytest.mark.filterwarnings("ignore:sparsediff. .*too little work:RuntimeWarning"),
+]
 
 SPARSE = Schedule()
 
@@ -75,6 +79,14 @@ def test_sparse_runs_are_finite_and_repeatable(pipe, method):
     assert all(step.seconds > 0 for step in report.steps)
 
 
+def test_runs_too_short_for_a_gpu_are_said_to_be(pipe):
+    with sparsediff.enable(pipe, Auto(block=64), schedule=SPARSE) as handle:
+        with pytest.warns(RuntimeWarning, match="too little work"):
+            generate(pipe)
+        assert handle.report().estimated_speedup is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_with_inductor(pipe):
     with sparsediff.enable(pipe, Auto(block=64), schedule=SPARSE):
         expected = generate(pipe)
@@ -104,6 +116,7 @@ def test_group_offload(pipe):
         assert handle.report().density < 0.5
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_no_host_synchronisation_while_denoising(pipe):
     """After the first step of a run, attention calls must not wait for the device."""
     from sparsediff.kernels.attention import attend_blocks
