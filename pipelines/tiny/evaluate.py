@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import CALL, MODELS, WEIGHTS, load_folder, measure, render
+from .autoencoder import ClipAutoencoder
 
 
 def exam(count: int) -> tuple[render.Scenes, list[str]]:
@@ -94,9 +95,10 @@ def read_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
 
 @torch.no_grad()
 def decode(vae, latents: Tensor) -> Tensor:
-    """Clips `[B, 3, F, H, W]` in [-1, 1], one at a time."""
-    parts = latents.split(1)
-    return torch.cat([vae.decode(z.to(vae.device, vae.dtype)).sample.float().cpu() for z in parts])
+    """Clips `[B, 3, F, H, W]` in [-1, 1], one at a time and each in one pass."""
+    clips = ClipAutoencoder(vae)
+    parts = [clips.decode(z.to(vae.device, vae.dtype)) for z in latents.split(1)]
+    return torch.cat(parts).float().cpu().clamp(-1, 1)
 
 
 def score(args: argparse.Namespace) -> None:
@@ -132,7 +134,7 @@ def examine_tool(args: argparse.Namespace) -> None:
         one = scenes[i : i + 1]
         video = render.render(one, args.frames, args.size, args.size)
         with torch.no_grad():
-            again = decode(vae, vae.encode(video.to(args.device)).latent_dist.mode())
+            again = decode(vae, ClipAutoencoder(vae).encode(video.to(args.device)))
         decibels.append(10 * torch.log10(4 / (again - video).square().mean()).item())
         rendered.append(measure.verdicts(video, one))
         reconstructed.append(measure.verdicts(again, one))

@@ -22,6 +22,9 @@ QUESTIONS = {"colour": tuple(render.COLOURS), "shape": render.SHAPES, "motion": 
 SHAPE_FRAMES = 5  # evenly spread; the two that fit a silhouette best decide
 HALF = 28  # silhouettes are compared in windows of 2 * 28 + 1 cells of 2x2 pixels
 REACH = 2  # cells by which the window may be off centre
+# only the bright parts of a pattern tell its colour: gaps up to twice this many pixels are closed, in clip and
+# silhouette alike, before shapes are compared
+CLOSE = {"plain": 0, "striped": 3, "checkered": 5}
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ def _read_one(clip: Tensor, scenes: render.Scenes, index: int) -> Reading:
     mask = (label == colour).float()
     hidden = (label == second).float() if second >= 0 else torch.zeros_like(mask)
     hidden = F.max_pool2d(hidden[:, None], 5, stride=1, padding=2)[:, 0] * (1 - mask)
-    shape, overlap = _shape(mask, hidden, int(scenes.texture[index]))
+    texture = render.TEXTURES[scenes.texture[index]]
+    shape, overlap = _shape(_closed(mask, CLOSE[texture]), hidden, texture)
     return Reading(colour, shape, _motion(mask), overlap)
 
 
@@ -93,8 +97,18 @@ def _centre(mask: Tensor) -> Tensor:
     return torch.stack([x, y], 1)
 
 
-@lru_cache(maxsize=4)
-def _silhouettes(texture: int) -> tuple[Tensor, Tensor]:
+def _closed(mask: Tensor, radius: int) -> Tensor:
+    """Close gaps of up to `2 * radius` pixels in masks `[F, H, W]`."""
+    if radius == 0:
+        return mask
+    side, margin = 2 * radius + 1, (2 * radius,) * 4
+    grown = F.max_pool2d(F.pad(mask[:, None], margin), side, stride=1, padding=radius)
+    eroded = -F.max_pool2d(-grown, side, stride=1, padding=radius)
+    return eroded[:, 0, 2 * radius : -2 * radius, 2 * radius : -2 * radius]
+
+
+@lru_cache(maxsize=3)
+def _silhouettes(texture: str) -> tuple[Tensor, Tensor]:
     """Every shape at many sizes and angles, `[N, cells]`, and which shape each is, `[N]`."""
     radius, angle = torch.arange(5.0, 46.0, 1.5), torch.arange(0, 2 * math.pi, 2 * math.pi / 24)
     radius, angle = (v.flatten() for v in torch.meshgrid(radius, angle, indexing="ij"))
@@ -102,20 +116,24 @@ def _silhouettes(texture: int) -> tuple[Tensor, Tensor]:
     w, u = torch.meshgrid(side, side, indexing="ij")
     cos, sin = angle.cos().view(-1, 1, 1, 1), angle.sin().view(-1, 1, 1, 1)
     u, w = u * cos + w * sin, w * cos - u * sin
-    pattern = torch.ones_like(u)
-    if texture == 1:
-        pattern = ((2 * math.pi * u / 11).sin() > 0).float()
-    elif texture == 2:
-        pattern = ((2 * math.pi * u / 18).sin() * (2 * math.pi * w / 18).sin() > 0).float()
-    bank = []
+    patterns = [torch.ones_like(u)]
+    if texture == "striped":
+        patterns = [(2 * math.pi * u / 11 + phase).sin() > 0 for phase in (0, math.pi)]
+    elif texture == "checkered":
+        wave = (2 * math.pi * u / 18).sin() * (2 * math.pi * w / 18).sin()
+        patterns = [wave > 0, wave < 0]
+    bank, shape_of = [], []
     for shape in range(len(render.SHAPES)):
         index = torch.full((len(radius),), shape)
-        inside = (render._distance(index, u, w, radius.view(-1, 1, 1, 1)) < 0).float() * pattern
-        bank.append(F.avg_pool2d(inside, 2).flatten(1))
-    return torch.cat(bank), torch.arange(len(render.SHAPES)).repeat_interleave(len(radius))
+        inside = (render._distance(index, u, w, radius.view(-1, 1, 1, 1)) < 0).float()
+        for pattern in patterns:
+            solid = _closed((inside * pattern)[:, 0], CLOSE[texture])
+            bank.append(F.avg_pool2d(solid[:, None], 2).flatten(1))
+            shape_of.append(index)
+    return torch.cat(bank), torch.cat(shape_of)
 
 
-def _shape(mask: Tensor, hidden: Tensor, texture: int) -> tuple[int, float]:
+def _shape(mask: Tensor, hidden: Tensor, texture: str) -> tuple[int, float]:
     bank, shape_of = _silhouettes(texture)
     frames = torch.linspace(0, len(mask) - 1, SHAPE_FRAMES).round().long()
     scores = []
