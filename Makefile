@@ -20,7 +20,8 @@ run: setup
 	$(BIN)/sparsediff compare --out $(OUT)
 
 test: setup
-	TRITON_INTERPRET=$(INTERPRET) $(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	# One thread a worker: two workers of two threads on two cores wait for each other.
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=$(INTERPRET) $(BIN)/python -m pytest -m "not gpu" -n auto --maxprocesses 8 $(ARGS)
 
 gpu: setup
 	$(BIN)/python -m pytest -m gpu $(ARGS)

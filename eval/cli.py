@@ -254,7 +254,8 @@ def _pipeline_and_request(arguments: argparse.Namespace):
     from sparsediff.eval.models import check_name, default_request, load_pipeline
 
     check_name(arguments.model)
-    given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Request)}
+    flags = (f.name for f in dataclasses.fields(Request) if hasattr(arguments, f.name))
+    given = {name: getattr(arguments, name) for name in flags}
     for name, value in {**given, "fps": arguments.fps}.items():
         if (
             name in ("steps", "height", "width", "frames", "fps")

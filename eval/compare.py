@@ -32,6 +32,7 @@ class Request:
     height: int | None = None
     width: int | None = None
     frames: int | None = None
+    text_tokens: int | None = None  # the pipeline pads the prompt to so many
     seed: int = 0
 
     def arguments(self) -> dict[str, object]:
@@ -43,6 +44,7 @@ class Request:
             "height": self.height,
             "width": self.width,
             "num_frames": self.frames,
+            "max_sequence_length": self.text_tokens,
         }
         given = {name: value for name, value in named.items() if value is not None}
         generator = torch.Generator("cpu").manual_seed(self.seed)

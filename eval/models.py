@@ -31,6 +31,8 @@ def default_request(model: str) -> dict[str, object]:
             "height": call["height"],
             "width": call["width"],
             "frames": call["num_frames"],
+            # Trained with any padding; 512, the pipeline's default, would be attended to for nothing.
+            "text_tokens": 64,
         }
     return {}
 

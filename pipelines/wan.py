@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: text-to-video, image-to-video, first-last-frame and VACE.
+"""Wan 2.1 and 2.2: text-, image- and video-to-video, and VACE.
 
 Self-attention (`attn1`) runs over the latent video alone; text and image conditioning come in through cross-attention
 (`attn2`, the same class and processor), which stays as it is.
