@@ -101,10 +101,16 @@ def _closed(mask: Tensor, radius: int) -> Tensor:
     """Close gaps of up to `2 * radius` pixels in masks `[F, H, W]`."""
     if radius == 0:
         return mask
-    side, margin = 2 * radius + 1, (2 * radius,) * 4
-    grown = F.max_pool2d(F.pad(mask[:, None], margin), side, stride=1, padding=radius)
-    eroded = -F.max_pool2d(-grown, side, stride=1, padding=radius)
+    grown = _dilated(F.pad(mask[:, None], (2 * radius,) * 4), radius)
+    eroded = -_dilated(-grown, radius)
     return eroded[:, 0, 2 * radius : -2 * radius, 2 * radius : -2 * radius]
+
+
+def _dilated(mask: Tensor, radius: int) -> Tensor:
+    """Maximum over a square, rows and columns one after the other; `[N, 1, H, W]`."""
+    side = 2 * radius + 1
+    rows = F.max_pool2d(mask, (side, 1), stride=1, padding=(radius, 0))
+    return F.max_pool2d(rows, (1, side), stride=1, padding=(0, radius))
 
 
 @lru_cache(maxsize=3)
