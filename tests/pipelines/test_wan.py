@@ -327,6 +327,7 @@ def test_nothing_keeps_a_disabled_pipeline_alive():
 # -- other features of diffusers ----------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 @pytest.mark.parametrize("form", ["module.compile", "torch.compile", "repeated_blocks"])
 def test_compile_fullgraph(form):
     torch._dynamo.reset()
