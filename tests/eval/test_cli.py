@@ -54,6 +54,17 @@ def test_compare_writes_everything_and_says_what_it_cost(tmp_path, capsys):
     assert data["environment"]["torch"]
 
 
+def test_the_bundled_model_is_the_default_and_brings_its_own_prompt(tmp_path, capsys):
+    short = ["--steps", "4", "--frames", "9", "--device", "cpu"]
+    assert main(["compare", *short, "--out", str(tmp_path)]) == 0
+    assert "random weights" not in capsys.readouterr().out
+    data = json.loads((tmp_path / "comparison.json").read_text())
+    assert data["model"] == "tiny-wan"
+    assert "star" in data["request"]["prompt"]
+    assert data["report"]["density"] < 0.6
+    assert data["fidelity"]["psnr"] > 20, "a trained model stays close to its dense twin"
+
+
 def test_a_dense_comparison_is_identical(tmp_path, capsys):
     assert main(["compare", *FAST, "--dense-steps", "1.0", "--out", str(tmp_path)]) == 0
     assert "identical" in capsys.readouterr().out
