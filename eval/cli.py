@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import math
 import os
 import sys
 from pathlib import Path
@@ -263,6 +264,8 @@ def _pipeline_and_request(arguments: argparse.Namespace):
             and value < 1
         ):
             raise ValueError(f"--{name} must be at least 1, got {value}")
+    if arguments.guidance is not None and not math.isfinite(arguments.guidance):
+        raise ValueError(f"--guidance must be a finite number, got {arguments.guidance}")
     if not 0 <= arguments.seed < 2**63:
         raise ValueError(f"--seed must be in [0, 2^63), got {arguments.seed}")
     defaults = default_request(arguments.model)

@@ -146,7 +146,8 @@ def compare(
     Returns:
         The comparison, the dense and the sparse video (`float32 [F, H, W, 3]` in [0, 1]).
     """
-    sparsediff.disable(pipe)
+    # Refuse what cannot run sparse before the dense run, not after it.
+    sparsediff.enable(pipe, method, schedule=schedule, **method_params).disable()
     _warm_up(pipe, request)
     dense = timed_generate(pipe, request)
     with sparsediff.enable(pipe, method, schedule=Schedule(), **method_params):

@@ -101,3 +101,7 @@ _kernels.__getattr__ = _lazy(
         "available_backends": "sparsediff.kernels.attention",
     },
 )
+
+_importlib.import_module(
+    "sparsediff.pipelines.tiny"
+)  # light; so that sparsediff.pipelines.tiny.load needs no import

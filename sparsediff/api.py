@@ -39,7 +39,7 @@ def enable(
     ```
 
     Works before or after `.to()`, offloading, `torch.compile`, LoRA and `fuse_qkv_projections`.  Enabling an enabled
-    pipeline replaces its settings.
+    pipeline replaces its settings; disabling then leaves it stock, it does not bring the former settings back.
 
     Args:
         pipe_or_transformer: a pipeline (all its experts are enabled), or one transformer.
@@ -73,14 +73,14 @@ def enable(
         )
     supported, unsupported = _split(transformers, method, on_unsupported)
     # Everything that can refuse is above.  Only an interrupt can come between here and the end.
-    for model in supported.values():
+    for model in transformers.values():
         if (former := handle_of(model)) is not None:
-            former.release(model)
+            former._release(model)
     if pipe is not None and (former := handle_of(pipe)) is not None:
         former.disable()
     handle = Handle(method, schedule, Clock(pipe), unsupported)
     try:
-        handle.patch(pipe, supported)
+        handle._patch(pipe, supported)
     except BaseException:
         handle.disable()
         raise
@@ -94,7 +94,7 @@ def disable(pipe_or_transformer: object) -> None:
         handle.disable()
     for model in transformers.values():
         if (handle := handle_of(model)) is not None:
-            handle.release(model)
+            handle._release(model)
 
 
 def list_methods() -> dict[str, str]:
@@ -153,14 +153,14 @@ class Handle:
         while self._patches:
             self._patches.popitem()[1].undo()
 
-    def release(self, model: nn.Module) -> None:
+    def _release(self, model: nn.Module) -> None:
         """Restore one transformer; with the last of them the handle is disabled."""
         for name in [n for n, patch in self._patches.items() if patch.model is model]:
             self._patches.pop(name).undo()
         if not self._patches:
             self.disable()
 
-    def patch(self, pipe: object | None, transformers: dict[str, nn.Module]) -> None:
+    def _patch(self, pipe: object | None, transformers: dict[str, nn.Module]) -> None:
         """Change a live pipeline; `enable` calls it once."""
         for name, model in transformers.items():
             state = RunState(
@@ -175,9 +175,10 @@ class Handle:
             self._patches[name] = patch = TransformerPatch(model, state)
             patch.apply(self)
         if pipe is not None and transformers and hasattr(pipe, "progress_bar"):
-            self._pipeline_patch = PipelinePatch(self, pipe)
+            self._pipeline_patch = PipelinePatch(pipe)
+            self._pipeline_patch.apply(self)
 
-    def warn_of_replaced_transformers(self, pipe: object) -> None:
+    def _warn_of_replaced_transformers(self, pipe: object) -> None:
         """Say so if the pipeline now holds another transformer than the one that was enabled."""
         for name, patch in self._patches.items():
             now = getattr(pipe, name, None)

@@ -1,8 +1,8 @@
-"""Which generation, which step, which noise level: from what the pipeline says, never from counting calls.
+"""Which generation, which step, which noise level: from what the pipeline says, not from counting attention calls.
 
-Counting breaks with guidance switched off, caches that skip layers, schedulers of higher order, two experts, and
-exceptions.  What is read instead: `scheduler.timesteps` is a new tensor for every run; the step comes from the cache
-context, the scheduler, or the pipeline's current timestep, in this order.
+Counting them breaks with guidance switched off, caches that skip layers, schedulers of higher order, two experts, and
+exceptions.  What is read instead: a run lasts as long as the pipeline's progress bar; its step comes from the cache
+context, the scheduler, the pipeline's current timestep or the timestep argument, in this order.
 """
 
 from __future__ import annotations
@@ -27,32 +27,43 @@ class Tick:
 
 
 class Clock:
-    """Follows one pipeline, or a bare transformer if `pipe` is None.
+    """Follows the runs of one pipeline, and otherwise the timesteps of whoever calls the transformer.
 
-    A transformer called from elsewhere (another pipeline that shares it, a loop of one's own) is followed by its
-    timesteps.  Two such generations that cannot be told apart, of one step each and without a named cache context, are
-    taken for one: `begin_generation` separates them.
+    A run is open while the pipeline's progress bar is.  Calls outside one (a denoising loop of one's own, another
+    pipeline that shares the transformer) are ordered by their timestep argument: a lower one is a step, a higher one or
+    a named guidance branch that comes again is a new generation.  Two generations of one step each, at the same
+    timestep and without a named branch, cannot be told apart: `begin_generation` separates them.
     """
 
     def __init__(self, pipe: object | None) -> None:
         self._pipe = weakref.ref(pipe) if pipe is not None else lambda: None
-        # Whatever timesteps the scheduler holds now belong to an earlier run.
-        self._timesteps = getattr(self._scheduler(), "timesteps", None)
-        self._levels: list[float] | None = (
-            None  # noise levels of the pipeline's run; None outside one
-        )
+        self._run: object = None  # the open run, if there is one
+        self._timesteps: Tensor | None = None  # of the open run, by identity
+        self._levels: list[float] = []
+        self._scale = NUM_TRAIN_TIMESTEPS
         self._first = 0  # the scheduler's index of the run's first step
         self._current: object = None  # the pipeline's current timestep, by identity
-        self._last_value: float | None = None  # bare transformer only
+        self._ended = True  # whether the next call outside a run starts a generation
+        self._last_value: float | None = None
         self._promised: int | None = None
-        self._visited: set[tuple[object, str]] = set()  # named calls of this step
+        self._visited: set[tuple[object, str]] = set()  # named calls of this step, outside a run
         self.tick = Tick(-1, 0, None, None)
+
+    def open_run(self) -> object:
+        """The pipeline starts to denoise; returns what `close_run` wants."""
+        self._run, self._timesteps = object(), None
+        return self._run
+
+    def close_run(self, run: object) -> None:
+        """The pipeline has denoised, or was stopped.  A bar closes again when it is collected: old runs are ignored."""
+        if run is self._run:
+            self._run, self._timesteps, self._ended = None, None, True
 
     def begin_generation(self, num_steps: int | None = None) -> None:
         """Say that a new generation of `num_steps` steps starts; only custom denoising loops need to."""
         self.tick = Tick(self.tick.generation + 1, 0, num_steps, None)
         self._last_value, self._current, self._promised = None, None, num_steps
-        self._levels = None
+        self._ended = False
         self._visited.clear()
 
     def read(
@@ -67,72 +78,63 @@ class Clock:
 
         `branch` and `step` are what the pipeline's cache context says, if there is one.
         """
-        scheduler = self._scheduler()
+        scheduler = getattr(self._pipe(), "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is not None and timesteps is not self._timesteps:
-            self._begin_pipeline_run(scheduler, timesteps, timestep)
-        tick = self._read_pipeline(scheduler, step) if self._levels is not None else None
-        if tick is None or self._contradicts(tick, branch, who):
-            if self._levels is not None:
-                self.begin_generation()
-            tick = self._read_bare(timestep, branch, who)
-        if (tick.generation, tick.step) != (self.tick.generation, self.tick.step):
-            self._visited.clear()
-        if branch is not None:
-            self._visited.add((who, branch))
-        self.tick = tick
-        return tick
-
-    def _contradicts(self, tick: Tick, branch: str | None, who: object) -> bool:
-        """Whether this call cannot belong to the run: it goes back, or calls one branch twice in a step."""
-        return tick.step < self.tick.step or (
-            tick.step == self.tick.step and (who, branch) in self._visited
-        )
+        if self._run is not None and timesteps is not None:
+            # Pipelines that denoise in segments set their timesteps anew for each.
+            if timesteps is not self._timesteps:
+                self._begin_pipeline_run(scheduler, timesteps, timestep)
+            self.tick = self._read_run(scheduler, timestep, step)
+        else:
+            self.tick = self._read_timestep(timestep, branch, who)
+        return self.tick
 
     def _begin_pipeline_run(
         self, scheduler: object, timesteps: Tensor, timestep: Tensor | None
     ) -> None:
         self.begin_generation()
         self._timesteps = timesteps
-        scale = getattr(scheduler.config, "num_train_timesteps", NUM_TRAIN_TIMESTEPS)
+        self._scale = getattr(scheduler.config, "num_train_timesteps", NUM_TRAIN_TIMESTEPS)
         # One read back to the host a run.
-        levels = [float(t) / scale for t in torch.as_tensor(timesteps).tolist()]
+        levels = [float(t) / self._scale for t in torch.as_tensor(timesteps).tolist()]
         first = getattr(scheduler, "begin_index", None)
         if first is None:
             # Video-to-video starts in the middle of the timesteps and need not tell the scheduler.
-            first = 0 if timestep is None else _nearest(levels, float(timestep.max()) / scale)
+            first = 0 if timestep is None else self._nearest(levels, timestep)
         self._first, self._levels = first, levels[first:]
 
-    def _read_pipeline(self, scheduler: object, step: int | None) -> Tick | None:
-        """The tick as the pipeline's run has it, or None when that run is over."""
+    def _read_run(self, scheduler: object, timestep: Tensor | None, step: int | None) -> Tick:
+        pipe = self._pipe()
         if step is None and hasattr(scheduler, "step_index"):
             index = scheduler.step_index
             step = 0 if index is None else index - self._first
-        elif step is None:
-            current = getattr(self._pipe(), "_current_timestep", None)
+        elif step is None and getattr(pipe, "_current_timestep", None) is not None:
+            current = pipe._current_timestep
             moved = self._current is not None and current is not self._current
             self._current = current
             step = self.tick.step + moved
-        if not 0 <= step < len(self._levels):
-            return None
+        elif step is None:
+            step = 0 if timestep is None else self._nearest(self._levels, timestep)
+        step = min(max(step, 0), len(self._levels) - 1)
         return Tick(self.tick.generation, step, len(self._levels), self._levels[step])
 
-    def _read_bare(self, timestep: Tensor | None, branch: str | None, who: object) -> Tick:
-        if timestep is None:
-            return Tick(max(self.tick.generation, 0), self.tick.step, self._promised, None)
-        value, last = float(timestep.max()), self._last_value
-        again = last == value and (who, branch) in self._visited
-        if self.tick.generation < 0 or again or (last is not None and value > last):
+    def _read_timestep(self, timestep: Tensor | None, branch: str | None, who: object) -> Tick:
+        value = None if timestep is None else float(timestep.max())
+        last = self._last_value
+        again = value == last and (who, branch) in self._visited
+        if self._ended or again or (None not in (value, last) and value > last):
             self.begin_generation()
             last = None
+        moved = None not in (value, last) and value < last
+        if moved:
+            self._visited.clear()
+        if branch is not None:
+            self._visited.add((who, branch))
         self._last_value = value
-        step = self.tick.step + (last is not None and value < last)
-        return Tick(self.tick.generation, step, self._promised, value / NUM_TRAIN_TIMESTEPS)
+        sigma = None if value is None else value / NUM_TRAIN_TIMESTEPS
+        return Tick(self.tick.generation, self.tick.step + moved, self._promised, sigma)
 
-    def _scheduler(self) -> object | None:
-        return getattr(self._pipe(), "scheduler", None)
-
-
-def _nearest(levels: list[float], level: float) -> int:
-    index = min(range(len(levels)), key=lambda i: abs(levels[i] - level))
-    return index if abs(levels[index] - level) < 1e-2 else 0
+    def _nearest(self, levels: list[float], timestep: Tensor) -> int:
+        level = float(timestep.max()) / self._scale
+        index = min(range(len(levels)), key=lambda i: abs(levels[i] - level))
+        return index if abs(levels[index] - level) < 1e-2 else 0

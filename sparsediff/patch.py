@@ -2,8 +2,8 @@
 
 Three things: the processors of the eligible attention modules, two forward hooks and `cache_context` on the
 transformer, and `progress_bar` on the pipeline.  Every replacement knows its handle, so the handle is found from the
-pipeline itself, and every one turns into the stock thing when it is copied or pickled: a copy of an enabled pipeline
-is a stock pipeline.
+pipeline itself, and every one turns into the stock thing (hooks into ones that do nothing) when it is deep-copied or
+pickled: a copy of an enabled pipeline runs stock.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from sparsediff.state import RunState
 
 if TYPE_CHECKING:
     from sparsediff.api import Handle
+    from sparsediff.clock import Clock
 
 
 class TransformerPatch:
@@ -78,9 +79,17 @@ class TransformerPatch:
 class PipelinePatch:
     """The progress bar of an enabled pipeline."""
 
-    def __init__(self, handle: Handle, pipe: object) -> None:
+    def __init__(self, pipe: object) -> None:
         self._pipe = weakref.ref(pipe)
-        self._own = vars(pipe).get("progress_bar")
+        own = vars(pipe).get("progress_bar")
+        if isinstance(own, _ProgressBar):  # a shallow copy of an enabled pipeline carries it along
+            del pipe.progress_bar
+            own = None
+        self._own = own
+
+    def apply(self, handle: Handle) -> None:
+        """Change the pipeline."""
+        pipe = self._pipe()
         pipe.progress_bar = _ProgressBar(handle, pipe)
 
     def undo(self) -> None:
@@ -158,19 +167,31 @@ class _CacheContext:
 
 
 class _ProgressBar:
-    """`pipe.progress_bar`, with density and estimated speed-up behind the count of steps."""
+    """`pipe.progress_bar`: its life is the pipeline's run; it shows density and estimated speed-up as well."""
 
     def __init__(self, handle: Handle, pipe: object) -> None:
         self.handle, self._pipe, self._stock = handle, pipe, pipe.progress_bar
 
     @torch.compiler.disable
     def __call__(self, iterable=None, total=None):
-        self.handle.warn_of_replaced_transformers(self._pipe)
+        self.handle._warn_of_replaced_transformers(self._pipe)
         bar = self._stock(iterable=iterable, total=total)
+        bar.close = _Close(bar.close, self.handle._clock)
         return show_density(bar, self.handle.recorder)
 
     def __reduce__(self):
         return functools.partial, (type(self._pipe).progress_bar, self._pipe)
+
+
+class _Close:
+    """Opens a run, and closes it with the bar: tqdm calls `close` however a `with` block or a loop over it ends."""
+
+    def __init__(self, stock, clock: Clock) -> None:
+        self._stock, self._clock, self._run = stock, clock, clock.open_run()
+
+    def __call__(self):
+        self._clock.close_run(self._run)
+        return self._stock()
 
 
 def _no_hook():

@@ -142,20 +142,26 @@ class Recorder:
             return None
         self._folded = len(self.calls)
         sparse = [c.density.mean() for c in new if c.density is not None]
-        total = torch.stack(sparse).sum() if sparse else torch.zeros(())
-        total = total + (len(new) - len(sparse))
-        self._density_sum = total + self._density_sum
+        # Two experts may live on two devices, and a dense step on none.
+        device = sparse[-1].device if sparse else torch.as_tensor(self._density_sum).device
+        total = torch.full((), float(len(new) - len(sparse)), device=device)
+        for density in sparse:
+            total = total + density.to(device)
+        self._density_sum = total + torch.as_tensor(self._density_sum).to(device)
         return torch.stack([total / len(new), self._density_sum / len(self.calls)])
 
 
 def _read_densities(calls: list[_Call]) -> list[tuple[float, ...]]:
-    """Densities per head of every call, with one transfer for all of them."""
-    tensors = {id(c.density): c.density for c in calls if c.density is not None}
-    values = {}
-    if tensors:
-        flat = torch.cat(list(tensors.values())).tolist()
-        for key, x in tensors.items():
-            values[key], flat = tuple(flat[: x.numel()]), flat[x.numel() :]
+    """Densities per head of every call, with one transfer a device for all of them."""
+    by_device: dict[torch.device, dict[int, Tensor]] = defaultdict(dict)
+    for call in calls:
+        if call.density is not None:
+            by_device[call.density.device][id(call.density)] = call.density
+    values: dict[int, tuple[float, ...]] = {}
+    for tensors in by_device.values():
+        flat = torch.cat(list(tensors.values())).cpu()
+        parts = flat.split([x.numel() for x in tensors.values()])
+        values |= {key: tuple(part.tolist()) for key, part in zip(tensors, parts, strict=True)}
     heads = max((len(v) for v in values.values()), default=1)
     return [values[id(c.density)] if c.density is not None else (1.0,) * heads for c in calls]
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sparsediff.methods import AttentionSite
 
+UNKNOWN_STEPS = "schedule: a fraction of an unknown number of steps; handle.begin_generation(num_steps) tells it"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -65,7 +67,7 @@ class Schedule:
             return "schedule: every step"
         if self.needs_step_count:
             if site.num_steps is None:
-                return "schedule: the number of steps is unknown (handle.begin_generation tells it)"
+                return UNKNOWN_STEPS
             # Round up: asking for a share of dense steps must not give less.
             first = math.ceil(self.dense_steps * site.num_steps - 1e-9)
         else:

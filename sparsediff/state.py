@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ from sparsediff.kernels.attention import CPU_BREAK_EVEN, DTYPES, attend_blocks, 
 from sparsediff.methods import AttentionSite, Method
 from sparsediff.processor import STATES
 from sparsediff.recorder import Recorder
-from sparsediff.schedule import Schedule
+from sparsediff.schedule import UNKNOWN_STEPS, Schedule
 from sparsediff.token_grid import TokenGrid
 
 MAX_BRANCHES = (
@@ -112,7 +112,7 @@ class RunState:
         self._slots: OrderedDict[str, list[_Slot | None]] = OrderedDict()
         self._generation: int | None = None
         self._forward: _Forward | None = None
-        self._call_in_step: tuple[object, int] = (None, -1)
+        self._calls_in_step: tuple[object, Counter] = (None, Counter())
         self._seen: set[int] = set()  # layers that have come by in this forward
         self._linear_weights = _linear_weights(model)
         STATES[self.key] = self
@@ -129,7 +129,7 @@ class RunState:
         if tick.generation != self._generation:
             self._generation = tick.generation
             self._slots.clear()
-            self._call_in_step = (None, -1)
+            self._calls_in_step = (None, Counter())
         recorder = self.recorder
         recorder.begin_generation(tick.generation)
         recorder.sigmas[tick.step] = tick.sigma
@@ -145,7 +145,7 @@ class RunState:
         self._seen = set()
         self._forward = _Forward(
             tick=tick,
-            branch=branch or self._unnamed_branch(tick),
+            branch=self._branch(tick, branch),
             grid=grid,
             problem=problem,
             device=device,
@@ -182,12 +182,20 @@ class RunState:
         self._slots.clear()
         STATES.pop(self.key, None)
 
-    def _unnamed_branch(self, tick: Tick) -> str:
-        # A pipeline that names no branches still calls them in the same order within every step.
+    def _branch(self, tick: Tick, name: str | None) -> str:
+        """The guidance branch by the pipeline's name for it, else by its place in the step.
+
+        A pipeline that names no branches, or one name for several calls, still makes them in the same order in every
+        step.
+        """
         moment = (tick.generation, tick.step)
-        count = self._call_in_step[1] + 1 if self._call_in_step[0] == moment else 0
-        self._call_in_step = (moment, count)
-        return f"call {count}"
+        if self._calls_in_step[0] != moment:
+            self._calls_in_step = (moment, Counter())
+        calls = self._calls_in_step[1]
+        calls[name] += 1
+        if name is None:
+            return f"call {calls[name]}"
+        return name if calls[name] == 1 else f"{name} {calls[name]}"
 
     # -- one attention call: eager Python, also under torch.compile -----------------------------------------------
 
@@ -208,7 +216,8 @@ class RunState:
         site = None
         if reason is None:
             site = self._site(index)
-            reason, warn = self.schedule.dense_reason(site), False
+            reason = self.schedule.dense_reason(site)
+            warn = reason == UNKNOWN_STEPS
         if reason is None:
             out, reason = self._attend_sparse(index, site, query, key, value, scale)
             if reason is None:

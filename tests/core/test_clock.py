@@ -25,17 +25,22 @@ class Pipe:
         self._current_timestep = None
 
     def run(self, clock, steps, *, branches=2, stop_after=None):
+        """What a pipeline's denoising loop does, its progress bar included."""
         ticks = []
         self.scheduler.set_timesteps(steps)
-        x = torch.zeros(1, 4, 2, 2)
-        for i, t in enumerate(self.scheduler.timesteps):
-            if i == stop_after:
-                return ticks
-            self._current_timestep = t
-            ticks += [clock.read(t) for _ in range(branches)]
-            x = self.scheduler.step(torch.zeros_like(x), t, x, return_dict=False)[0]
-        self._current_timestep = None
-        return ticks
+        run = clock.open_run()
+        try:
+            x = torch.zeros(1, 4, 2, 2)
+            for i, t in enumerate(self.scheduler.timesteps):
+                if i == stop_after:
+                    return ticks
+                self._current_timestep = t
+                ticks += [clock.read(t) for _ in range(branches)]
+                x = self.scheduler.step(torch.zeros_like(x), t, x, return_dict=False)[0]
+            self._current_timestep = None
+            return ticks
+        finally:
+            clock.close_run(run)
 
 
 @pytest.mark.filterwarnings(
@@ -66,6 +71,7 @@ def test_a_run_that_starts_in_the_middle_counts_from_there(told):
     scheduler.set_timesteps(10)
     if told:
         scheduler.set_begin_index(6)
+    clock.open_run()
     ticks, x = [], torch.zeros(1, 4, 2, 2)
     for t in pipe.scheduler.timesteps[6:]:
         ticks.append(clock.read(t))
@@ -118,3 +124,56 @@ def test_calls_after_a_run_are_not_taken_for_its_next_step():
     assert (first.step, second.step) == (0, 1)
     assert first.sigma == pytest.approx(0.4)
     assert pipe.run(clock, 3)[0].step == 0
+
+
+@pytest.mark.parametrize("stop_after", [None, 2])
+def test_a_loop_of_ones_own_over_the_pipelines_timesteps(stop_after):
+    """Editing and inversion step the latents themselves and never the scheduler; an aborted run may come before."""
+    pipe = Pipe(SCHEDULERS["flow euler"]())
+    clock = Clock(pipe)
+    pipe.run(clock, 4, stop_after=stop_after)
+    for generation in (1, 2):
+        pipe.scheduler.set_timesteps(5)
+        ticks = [clock.read(t) for t in pipe.scheduler.timesteps for _ in range(2)]
+        assert [t.step for t in ticks] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+        assert {t.generation for t in ticks} == {generation}
+        assert ticks[-1].sigma == pytest.approx(pipe.scheduler.timesteps[-1].item() / 1000)
+
+
+def test_segments_of_one_run_are_generations():
+    pipe = Pipe(SCHEDULERS["flow euler"]())
+    clock = Clock(pipe)
+    clock.open_run()
+    generations = []
+    for _ in range(2):
+        pipe.scheduler.set_timesteps(2)
+        generations += [
+            clock.read(t, branch="cond", step=i).generation
+            for i, t in enumerate(pipe.scheduler.timesteps)
+        ]
+    assert generations == [0, 0, 1, 1]
+
+
+def test_one_name_for_several_calls_of_a_step_is_no_new_generation_inside_a_run():
+    pipe = Pipe(SCHEDULERS["flow euler"]())
+    clock = Clock(pipe)
+    pipe.scheduler.set_timesteps(2)
+    clock.open_run()
+    t = pipe.scheduler.timesteps[0]
+    assert {clock.read(t, branch="cond").generation for _ in range(3)} == {0}
+
+
+def test_a_progress_bar_that_closes_late_does_not_end_the_next_run():
+    """tqdm closes a bar again when it is collected."""
+    pipe = Pipe(SCHEDULERS["flow euler"]())
+    clock = Clock(pipe)
+    old = clock.open_run()
+    clock.close_run(old)
+    pipe.scheduler.set_timesteps(4)
+    clock.open_run()
+    ticks = []
+    for i, t in enumerate(pipe.scheduler.timesteps):
+        ticks.append(clock.read(t, branch="cond", step=i))
+        clock.close_run(old)
+    assert {t.num_steps for t in ticks} == {4}
+    assert [t.step for t in ticks] == [0, 1, 2, 3]

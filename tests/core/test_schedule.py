@@ -45,9 +45,7 @@ def test_high_noise_and_first_layers():
 
 
 def test_a_fraction_of_an_unknown_number_of_steps_stays_dense_and_says_why():
-    assert "number of steps is unknown" in Schedule(dense_steps=0.5).dense_reason(
-        site(num_steps=None)
-    )
+    assert "unknown number of steps" in Schedule(dense_steps=0.5).dense_reason(site(num_steps=None))
     assert Schedule(dense_steps=1.0).dense_reason(site(num_steps=None))
     assert Schedule(dense_steps=2).dense_reason(site(num_steps=None))
 

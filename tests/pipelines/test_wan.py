@@ -1,5 +1,6 @@
 """Real Wan pipelines at tiny random sizes: what `enable` must and must not change."""
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -710,12 +711,15 @@ def test_each_row_of_a_batch_has_its_own_mask(pipe, method, batch):
         "output_type": "latent",
     }
     latents = torch.randn(2, 16, 5, 16, 16, generator=torch.Generator().manual_seed(0))
-    with sparsediff.enable(pipe, method, schedule=SPARSE):
+    with sparsediff.enable(pipe, method, schedule=SPARSE) as handle:
         together = pipe(**{"prompt": "a circle", **batch}, latents=latents, **size).frames
+        for slot in handle.states[0]._slots["cond"]:
+            assert slot.bitmap.shape[0] == 2
         for row in range(2):
             prompt = batch.get("prompt", ["a circle"] * 2)[row]
             alone = pipe(prompt=prompt, latents=latents[row : row + 1], **size).frames
-            assert torch.allclose(together[row : row + 1], alone, rtol=0, atol=1e-4)
+            # A batch is rounded differently, which can turn the choice between two equally good blocks.
+            assert (together[row : row + 1] - alone).norm() < 0.01 * alone.norm()
 
 
 @pytest.mark.parametrize("cache", ["FirstBlockCacheConfig", "PyramidAttentionBroadcastConfig"])
@@ -756,3 +760,73 @@ def test_the_estimate_is_the_arithmetic_it_says(pipe):
 
     relative = 1 / 3 + 2 / 3 * KEPT_BLOCK_COST["cpu"] * report.steps[1].density
     assert report.estimated_speedup == pytest.approx(1 / (1 - share + share * relative), rel=1e-6)
+
+
+@pytest.mark.parametrize("stop", ["interrupt flag", "KeyboardInterrupt", None])
+def test_a_loop_of_ones_own_after_a_run(pipe, stop):
+    """Whatever became of the run before, two equal loops give equal results, and each is one generation."""
+
+    def stopping(pipe, step, timestep, kwargs):
+        if stop == "KeyboardInterrupt":
+            raise KeyboardInterrupt
+        pipe._interrupt = stop == "interrupt flag"
+        return kwargs
+
+    def loop():
+        x = torch.randn(1, 16, 5, 16, 16, generator=torch.Generator().manual_seed(0))
+        for t, step in ((900.0, 0.3), (600.0, 0.3), (300.0, 0.3)):
+            for branch in ("cond", "uncond"):
+                with torch.no_grad(), pipe.transformer.cache_context(branch):
+                    v = pipe.transformer(
+                        x, torch.tensor([t]), torch.zeros(1, 16, 32), return_dict=False
+                    )[0]
+            x = x - step * v
+        return x
+
+    method = LiteAttention(threshold=-2.0, tile=(64, 64))
+    with sparsediff.enable(pipe, method) as handle:
+        with contextlib.suppress(KeyboardInterrupt):
+            generate(pipe, steps=20 if stop else 2, callback_on_step_end=stopping)
+        first, second = loop(), loop()
+        report = handle.report()
+        generate(pipe)
+        assert handle.report().num_steps == 3
+    assert torch.equal(first, second)
+    assert [s.step for s in report.steps] == [0, 1, 2]
+    assert report.steps[0].density == 1.0
+    assert report.steps[1].density < 0.95
+
+
+def test_one_cache_context_for_two_calls_of_a_step(pipe):
+    """Perturbed or skip-layer guidance calls a branch twice; each call has masks of its own and all are reported."""
+    with sparsediff.enable(pipe, LiteAttention(threshold=-2.0, tile=(64, 64))) as handle:
+        call = type(pipe.transformer).__call__
+        again = []
+
+        def forward_twice(module, args, kwargs, output):
+            if not again:
+                again.append(True)
+                call(module, *args, **kwargs)
+                again.clear()
+
+        second = pipe.transformer.register_forward_hook(forward_twice, with_kwargs=True)
+        generate(pipe)
+        second.remove()
+        report = handle.report()
+    assert report.calls == 3 * 2 * 2 * 2
+    assert len(report.steps) == 3
+
+
+def test_dense_steps_between_sparse_ones_keep_the_running_mean():
+    """The running mean mixes tensors of sparse steps and plain numbers of dense ones."""
+    from sparsediff.recorder import Recorder
+
+    recorder = Recorder(method="m", schedule="s")
+    recorder.begin_generation(0)
+    recorder.dense("a", 0, "why", warn=False)
+    assert recorder.fold().tolist() == [1.0, 1.0]
+    recorder.sparse("a", 1, torch.tensor([0.2, 0.4]))
+    assert recorder.fold().tolist() == pytest.approx([0.3, 0.65])
+    recorder.dense("a", 2, "why", warn=False)
+    assert recorder.fold().tolist() == pytest.approx([1.0, 2.3 / 3])
+    assert recorder.fold() is None
