@@ -57,7 +57,7 @@ class TransformerPatch:
             stock = wrapper.restore()
             if module.processor is wrapper:
                 module.processor = stock
-            else:
+            elif module.processor is not stock:
                 replaced.append(name)
         for hook in self._hooks:
             hook.remove()
