@@ -82,14 +82,7 @@ def load_pipeline(model: str, *, device: str | None = None, dtype: str | None = 
     from diffusers import DiffusionPipeline
 
     try:
-        pipe = DiffusionPipeline.from_pretrained(model, **{_dtype_keyword(): torch_dtype})
+        pipe = DiffusionPipeline.from_pretrained(model, **{tiny.dtype_keyword(): torch_dtype})
     except OSError as error:
         raise OSError(f"cannot load {model}: {str(error).strip().splitlines()[0]}") from None
     return pipe.to(device)
-
-
-def _dtype_keyword() -> str:
-    """diffusers 0.42 renamed the argument and warns about the old name."""
-    from diffusers.utils import deprecation_utils
-
-    return "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"

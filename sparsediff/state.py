@@ -294,13 +294,9 @@ class RunState:
             if order is None
             else (order.apply(x, grid) for x in (query, key, value))
         )
+        forced = _forced(grid, block_size, query.device, order is not None)
         if method.refreshes(site, slot.refreshed_at):
-            keep = method.keep_blocks(q, k, site)
-            mask = slot.store(
-                keep | _forced(grid, block_size, query.device, order is not None),
-                block_size,
-                tokens,
-            )
+            mask = slot.store(method.keep_blocks(q, k, site) | forced, block_size, tokens)
             slot.refreshed_at = site.step
         else:
             mask = slot.mask(block_size, tokens)
@@ -320,7 +316,6 @@ class RunState:
             q, k, v, mask, scale=scale, vote_threshold=threshold, backend=backend.name
         )
         if threshold is not None:
-            forced = _forced(grid, block_size, query.device, order is not None)
             slot.store(
                 unpack_bits(slot.bitmap, mask.num_blocks[1]) & result.vote | forced,
                 block_size,

@@ -58,13 +58,10 @@ def load_folder(
     """`load` from any folder that `train.py export` wrote."""
     import torch
     from diffusers import AutoencoderKLWan, DiffusionPipeline
-    from diffusers.utils import deprecation_utils
 
     from .models import COGVIDEOX_AUTOENCODER_CONFIG
 
-    # diffusers renamed the argument and warns about the old name
-    keyword = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
-    options = {keyword: torch_dtype or torch.float32, "local_files_only": True}
+    options = {dtype_keyword(): torch_dtype or torch.float32, "local_files_only": True}
     components = {}
     if (
         name == "tiny-cogvideox"
@@ -74,3 +71,10 @@ def load_folder(
         components["vae"] = vae
     pipe = DiffusionPipeline.from_pretrained(weights / name, **components, **options)
     return pipe.to(device) if device is not None else pipe
+
+
+def dtype_keyword() -> str:
+    """The precision argument of `from_pretrained`: diffusers 0.42 renamed it and warns about the old name."""
+    from diffusers.utils import deprecation_utils
+
+    return "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
