@@ -8,17 +8,17 @@ pytest.importorskip("triton")
 from sparsediff.kernels import bench
 from sparsediff.kernels.attention import available_backends
 
-PARTS = [name for group in bench.GROUPS for name in group if name.startswith("check_")]
+CHECKS = [name for name in bench.PARTS if name.startswith("check_")]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", CHECKS)
 def test_kernels_hold_against_float64(part):
     backend = {"check_gluon": "gluon", "check_gluon_more": "gluon", "check_int8": "gluon_int8"}.get(
         part, "triton"
     )
     if why_not := available_backends()[backend]:
         pytest.skip(f"{backend}: {why_not}")
-    for record in getattr(bench, part)():
+    for record in bench.PARTS[part]():
         assert record["ok"], record

@@ -1,0 +1,270 @@
+"""Every attention kernel against float64 on a GPU: what the benchmark runs before it times anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsediff.block_mask import BlockMask
+from sparsediff.kernels import block_lists, block_scores
+from sparsediff.kernels._block_sparse_reference import attend as reference
+from sparsediff.kernels.attention import attend_blocks
+from sparsediff.kernels.bench_inputs import (
+    DEVICE,
+    make_inputs,
+    make_mask,
+    poisoned_memory,
+    spoil,
+    token_mask,
+)
+
+# (batch, heads, query tokens, key tokens) with ragged ends, one block, and neither side the same
+CHECK_SIZES = ((1, 2, 1000, 1000), (2, 3, 129, 771), (1, 1, 64, 65), (1, 4, 2048, 2048))
+
+
+def check_gluon() -> Iterator[dict]:
+    """The Hopper kernel in its common form."""
+    yield from check_backend("gluon", 128, (128, 128), torch.bfloat16)
+    yield check_graph("gluon")
+    yield from check_backend("gluon", 64, (128, 128), torch.bfloat16)
+    yield from check_backend("gluon", 96, (128, 128), torch.bfloat16)
+
+
+def check_gluon_more() -> Iterator[dict]:
+    """The Hopper kernel in its other forms."""
+    yield from check_backend("gluon", 128, (128, 64), torch.bfloat16)
+    yield from check_backend("gluon", 128, (128, 128), torch.float16)
+    yield from check_backend("gluon", 64, (128, 64), torch.float16)
+
+
+def check_triton() -> Iterator[dict]:
+    """The portable kernel in its common forms."""
+    for dim, block in ((128, (128, 128)), (64, (64, 64)), (128, (128, 64))):
+        yield from check_backend("triton", dim, block, torch.bfloat16, lengths=True)
+    yield check_graph("triton")
+
+
+def check_triton_more() -> Iterator[dict]:
+    """The portable kernel in its other forms."""
+    yield from check_backend("triton", 96, (128, 128), torch.float16, lengths=True)
+    yield from check_backend("triton", 256, (128, 128), torch.bfloat16, lengths=True)
+    yield from check_backend("triton", 64, (128, 128), torch.float32, lengths=True)
+    yield from check_backend("triton", 128, (64, 64), torch.float32, lengths=True)
+
+
+def check_backend(
+    backend: str,
+    head_dim: int,
+    block_size: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    lengths: bool = False,
+) -> Iterator[dict]:
+    """Errors of output, log-sum-exp, vote and mass against float64; the same bits twice; empty rows; no NaN."""
+    for batch, heads, seq_q, seq_k in CHECK_SIZES:
+        g = torch.Generator(DEVICE).manual_seed(seq_q)
+        q, k, v = (
+            torch.randn(batch, s, heads, 2 * head_dim, device=DEVICE, dtype=dtype, generator=g)[
+                ..., :head_dim
+            ]
+            for s in (seq_q, seq_k, seq_k)
+        )
+        rows, columns = -(-seq_q // block_size[0]), -(-seq_k // block_size[1])
+        keep = torch.rand(batch, heads, rows, columns, device=DEVICE, generator=g) < 0.5
+        keep[0, 0, -1] = False
+        keep[-1, -1, 0, -1] = True
+        mask = spoil(BlockMask.from_dense(keep, block_size, (seq_q, seq_k)))
+        options = {"vote_threshold": -1.0, "return_lse": True}
+        exact_options = {"scale": head_dim**-0.5, "vote_threshold": -1.0, "want_lse": True}
+        if lengths and batch == 2:
+            options["kv_lengths"] = torch.tensor(
+                [seq_k // 2, seq_k], device=DEVICE, dtype=torch.int32
+            )
+            exact_options["kv_lengths"] = options["kv_lengths"]
+        with poisoned_memory():
+            plain = attend_blocks(
+                q, k, v, mask, backend=backend, kv_lengths=options.get("kv_lengths")
+            ).out
+            got, again = (
+                attend_blocks(q, k, v, mask, backend=backend, **options) for _ in range(2)
+            )
+            mass = attend_blocks(q, k, v, mask, backend=backend, return_mass=True, **options).mass
+            previous = torch.randn(batch, heads, seq_q, device=DEVICE, generator=g) + 5
+            mass_previous = attend_blocks(
+                q, k, v, mask, backend=backend, return_mass=True, lse_prev=previous, **options
+            ).mass
+        exact = reference(*(x.double() for x in (q, k, v)), mask, want_mass=True, **exact_options)
+        exact_previous = reference(
+            *(x.double() for x in (q, k, v)),
+            mask,
+            want_mass=True,
+            lse_prev=previous.double(),
+            **exact_options,
+        )
+        tokens = token_mask(mask, options.get("kv_lengths"))
+        baseline = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=tokens
+        )
+        # PyTorch gives a row without keys whatever it likes; ours are zeros.
+        attended = tokens.any(-1).expand(batch, heads, seq_q)[..., None]
+        baseline = torch.where(attended, baseline, 0).transpose(1, 2)
+        error, floor = ((x.double() - exact[0]).abs().max().item() for x in (got.out, baseline))
+        budget = 2 * floor + torch.finfo(dtype).eps * exact[0].abs().max().item()
+        finite = exact[1].isfinite()
+        lse_error = (
+            (got.lse.double() - exact[1])[finite].abs().max().item() if finite.any() else 0.0
+        )
+        mass_error = (mass - exact[3]).abs().max().item()
+        previous_error = (
+            ((mass_previous - exact_previous[3]).abs() / (1 + exact_previous[3])).max().item()
+        )
+        votes_wrong = (got.vote != exact[2]).sum().item()
+        good = (
+            error <= budget
+            and bool(got.out.isfinite().all())
+            and lse_error < 1e-3
+            and torch.equal(got.lse.isinf(), exact[1].isinf())
+            and torch.equal(got.out, again.out)
+            and torch.equal(got.vote, again.vote)
+            and max(mass_error, previous_error) < 2e-2
+            # A row maximum within rounding of the threshold may fall on either side of it.
+            and votes_wrong <= 1 + got.vote.numel() // 200
+        )
+        yield {
+            "kind": "check",
+            "backend": backend,
+            "head_dim": head_dim,
+            "block": list(block_size),
+            "dtype": str(dtype).removeprefix("torch."),
+            "sizes": [batch, heads, seq_q, seq_k],
+            "ok": good,
+            "error": error,
+            "pytorch_error": floor,
+            "budget": budget,
+            "finite": bool(got.out.isfinite().all()),
+            "lse_error": lse_error,
+            "mass_error": mass_error,
+            "mass_previous_error": previous_error,
+            "votes_wrong": votes_wrong,
+            "votes": got.vote.numel(),
+            "repeatable": torch.equal(got.out, again.out),
+            "byproducts_change_nothing": torch.equal(plain, got.out),
+        }
+
+
+def check_int8() -> Iterator[dict]:
+    """8-bit logits against float64, on plain noise and on keys with outlier channels as trained models have them."""
+    for what, outlier in (("normal", 0.0), ("outlier channels", 8.0)):
+        for seq in (1000, 2048):
+            shape = (1, 2, seq, 128)
+            q, k, v = make_inputs(shape, seed=seq)
+            k[..., ::32] = k[..., ::32] * 3 + outlier
+            q[..., ::32] *= 3 if outlier else 1
+            keep = torch.rand(1, 2, -(-seq // 128), -(-seq // 128), device=DEVICE) < 0.5
+            keep[0, 0, 0] = False
+            mask = spoil(BlockMask.from_dense(keep, (128, 128), (seq, seq)))
+            exact = reference(
+                *(x.double() for x in (q, k, v)), mask, scale=128**-0.5, want_lse=True
+            )
+            errors = {}
+            for backend in ("gluon_int8", "gluon"):
+                got = attend_blocks(q, k, v, mask, return_lse=True, backend=backend)
+                finite = exact[1].isfinite()
+                errors[backend] = {
+                    "relative_error": ((got.out - exact[0]).norm() / exact[0].norm()).item(),
+                    "lse_error": (got.lse - exact[1])[finite].abs().max().item(),
+                    "finite": bool(got.out.isfinite().all()),
+                }
+            good = errors["gluon_int8"]["finite"] and errors["gluon_int8"]["relative_error"] < 0.05
+            yield {
+                "kind": "check",
+                "what": f"8-bit logits, {what}",
+                "seq": seq,
+                "ok": good,
+                **errors,
+            }
+
+
+def check_graph(backend: str) -> dict:
+    """The kernel can be captured in a CUDA graph and replayed on other inputs."""
+    shape = (1, 2, 500, 128)
+    q, k, v = make_inputs(shape)
+    mask = make_mask(shape, (128, 128), 0.5)
+    run = partial(
+        attend_blocks, q, k, v, mask, backend=backend, vote_threshold=-3.0, return_lse=True
+    )
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for x, new in zip((q, k, v), make_inputs(shape, seed=1), strict=True):
+        x.copy_(new)
+    graph.replay()
+    want = run()
+    same = torch.equal(captured.out, want.out) and torch.equal(captured.vote, want.vote)
+    return {"kind": "check", "backend": backend, "what": "CUDA graph", "ok": same}
+
+
+def check_compile() -> Iterator[dict]:
+    """`torch.compile(fullgraph=True)` around the operation gives the same."""
+    shape = (1, 2, 500, 128)
+    q, k, v = make_inputs(shape)
+    mask = make_mask(shape, (128, 128), 0.5)
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_blocks(q * 2, k, v, mask).out + 1
+
+    with torch.no_grad():
+        got, want = torch.compile(layer, fullgraph=True)(q, k, v), layer(q, k, v)
+    yield {
+        "kind": "check",
+        "what": "torch.compile fullgraph",
+        "ok": torch.allclose(got, want, atol=2e-2),
+    }
+
+
+def check_lists() -> Iterator[dict]:
+    """The list builders against plain torch."""
+    for columns in (1, 63, 256, 591, 929, 2000):
+        scores = torch.randn(2, 3, 40, columns, device=DEVICE)
+        scores[0] = scores[0].mul(3).round()
+        keep = scores > 0.5
+        k = torch.randint(0, columns + 1, (2, 3), device=DEVICE, dtype=torch.int32)
+        forced = torch.rand(1, 1, 40, columns, device=DEVICE) < 0.05
+        pairs = {
+            "dense": (block_lists.lists_from_dense(keep), block_lists.dense_reference(keep)),
+            "top_k": (
+                block_lists.lists_from_top_k(scores, k, forced),
+                block_lists.top_k_reference(scores, k, forced),
+            ),
+            "order": (
+                block_lists.order(keep.sum(-1).int(), 2, 3),
+                block_lists.order_reference(keep.sum(-1).int(), 2, 3),
+            ),
+        }
+        for name, (got, want) in pairs.items():
+            if name == "order":
+                good = torch.equal(got[1], want[1])
+            else:
+                listed = torch.arange(columns, device=DEVICE) < want[0][..., None]
+                good = torch.equal(got[0], want[0]) and torch.equal(got[1][listed], want[1][listed])
+            yield {"kind": "check", "what": f"{name} lists", "columns": columns, "ok": good}
+    q, k = (torch.randn(2, s, 3, 128, device=DEVICE, dtype=torch.bfloat16) for s in (500, 700))
+    got, want = (
+        f(q, k, (128, 64), scale=0.1)
+        for f in (block_scores.block_mass, block_scores.block_mass_reference)
+    )
+    error = (got - want).abs().max().item()
+    yield {"kind": "check", "what": "exact block mass", "ok": error < 1e-2, "error": error}
+    x = torch.randn(2, 1000, 3, 96, device=DEVICE, dtype=torch.bfloat16)
+    error = (
+        (block_scores.block_means(x, 128) - block_scores.block_means_reference(x, 128))
+        .abs()
+        .max()
+        .item()
+    )
+    yield {"kind": "check", "what": "block means", "ok": error < 1e-5, "error": error}
