@@ -23,6 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparsediff.kernels._block_sparse_fwd import block_sparse_fwd
+from sparsediff.kernels._token_order_fwd import gather_rows
+from sparsediff.kernels.token_order import TILE_BYTES
 from sparsediff.kernels.tuning import Tile, get_tile, hopper_ring
 
 ARCHITECTURES = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
@@ -89,6 +91,23 @@ def portable_attention(
     ]
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     return compile_kernel(name, arch, block_sparse_fwd, pointers, constants, aligned, options)
+
+
+def token_gather(arch: str, dtype: str, head_dim: int) -> Compiled:
+    """Compile the kernel that reorders query, key and value, each head in an order of its own."""
+    constants = {
+        "COUNT": 3,
+        "PER_HEAD": True,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "ROWS": TILE_BYTES * 8 // (_DTYPES[dtype] * triton.next_power_of_2(head_dim)),
+    }
+    names = gather_rows.arg_names
+    pointers = {n: f"*{dtype}" for n in names if n.endswith("_ptr")}
+    pointers |= dict.fromkeys(("index_ptr", "heads_ptr"), "*i32")
+    aligned = [n for n in names if n.endswith("_ptr") or n.startswith("stride_")]
+    name = f"token gather {dtype} D{head_dim}"
+    return compile_kernel(name, arch, gather_rows, pointers, constants, aligned, {"num_warps": 4})
 
 
 def compile_kernel(
@@ -216,6 +235,8 @@ def every_kernel(arch: str) -> Iterator[Compiled]:
         yield portable_attention(arch, "bf16", head_dim, block_size, byproducts=False)
     yield portable_attention(arch, "bf16", 64, (128, 128), byproducts=True)
     yield portable_attention(arch, "fp32", 128, (128, 128), byproducts=False)
+    for dtype, head_dim in (("bf16", 128), ("bf16", 96), ("fp32", 64)):
+        yield token_gather(arch, dtype, head_dim)
     if arch == "sm90":
         for head_dim, block_n, byproducts in product((64, 128), (128, 64), (False, True)):
             yield hopper_attention("bf16", head_dim, block_n, byproducts=byproducts)
@@ -226,6 +247,7 @@ def few_kernels(arch: str) -> Iterator[Compiled]:
     """The ones most calls use."""
     yield portable_attention(arch, "bf16", 128, (128, 128), byproducts=True)
     yield portable_attention(arch, "fp16", 64, (64, 64), byproducts=False)
+    yield token_gather(arch, "bf16", 128)
     if arch == "sm90":
         yield hopper_attention("bf16", 128, 128, byproducts=False)
         yield hopper_attention("bf16", 64, 128, byproducts=True)

@@ -31,7 +31,7 @@ from sparsediff.methods import AttentionSite, Method
 from sparsediff.processor import STATES
 from sparsediff.recorder import Recorder
 from sparsediff.schedule import UNKNOWN_STEPS, Schedule
-from sparsediff.token_grid import TokenGrid
+from sparsediff.token_grid import TokenGrid, TokenOrder
 
 MAX_BRANCHES = (
     8  # guidance branches whose masks are kept; more only if contexts go unnamed outside a pipeline
@@ -287,13 +287,9 @@ class RunState:
         backend = _backend_for(query.device.type, query.dtype, query.shape[-1], block_size)
         if backend.name == "reference":
             return None, f"no fast kernel: {backend.reason}"
-        slot = self._slot(site.branch, index, query, block_size, grid)
-        order = method.order(grid)
-        q, k, v = (
-            (query, key, value)
-            if order is None
-            else (order.apply(x, grid) for x in (query, key, value))
-        )
+        order = method.order(site)
+        slot = self._slot(site.branch, index, query, block_size, grid, order)
+        q, k, v = (query, key, value) if order is None else order.apply(grid, query, key, value)
         forced = _forced(grid, block_size, query.device, order is not None)
         if method.refreshes(site, slot.refreshed_at):
             mask = slot.store(method.keep_blocks(q, k, site) | forced, block_size, tokens)
@@ -322,10 +318,16 @@ class RunState:
                 tokens,
             )
         self._record(index, site, query, density, backend)
-        return (result.out if order is None else order.undo(result.out, grid)), None
+        return (result.out if order is None else order.undo(grid, result.out)[0]), None
 
     def _slot(
-        self, branch: str, index: int, query: Tensor, block_size: tuple[int, int], grid: TokenGrid
+        self,
+        branch: str,
+        index: int,
+        query: Tensor,
+        block_size: tuple[int, int],
+        grid: TokenGrid,
+        order: TokenOrder | None,
     ) -> _Slot:
         layers = self._slots.get(branch)
         if layers is None:
@@ -334,7 +336,8 @@ class RunState:
                 self._slots.popitem(last=False)
         else:
             self._slots.move_to_end(branch)
-        layout = (grid, block_size, query.shape[0], query.shape[2], query.device)
+        # A mask says nothing about tokens in another order.
+        layout = (grid, block_size, order, query.shape[0], query.shape[2], query.device)
         if layers[index] is None or layers[index].layout != layout:
             layers[index] = _Slot(layout)
         return layers[index]

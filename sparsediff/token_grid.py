@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from sparsediff.kernels.token_order import gather_tokens
 
 Role = Literal["grid", "text", "image", "audio", "pad"]
 
@@ -119,13 +122,19 @@ class TokenOrder:
 
     A list-driven kernel does not care in which order blocks come, only which tokens a block holds, so one window
     shape a head says everything: DraftAttention's 8x16 patches are `(1, 8, 16)`, PAROAttention's axis orders and
-    Sparse-vDiT's frame-minor layout are windows one token thick.  `windows` has one entry for all heads, or one a
-    head.  Tokens outside the grid (text, audio, ...) come after it, in their own order.  Where a window does not
-    divide the grid, the windows at the far edges are smaller and blocks straddle their borders; neighbouring windows
-    are walked in a serpentine, so what shares a block is still close by.
+    Sparse-vDiT's frame-minor layout are windows one token thick.  Tokens outside the grid (text, audio, ...) come
+    after it, in their own order, whatever the window: what is forced for them is the same in every head.  Where a
+    window does not divide the grid, the windows at the far edges are smaller and blocks straddle their borders;
+    neighbouring windows are walked in a serpentine, so what shares a block is still close by.
+
+    Attributes:
+        windows: the windows in use.
+        heads: for each head which of `windows` it walks; left out, all heads walk the one there is.  Layers that
+            choose differently among the same `windows` share one set of permutations.
     """
 
     windows: tuple[tuple[int, int, int], ...]
+    heads: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.windows:
@@ -135,48 +144,66 @@ class TokenOrder:
                 raise ValueError(
                     f"a window is three sizes >= 1 (frames, height, width), got {window}"
                 )
+        if self.heads is None and len(self.windows) > 1:
+            raise ValueError(
+                f"{len(self.windows)} windows need heads=..., the number of each head's window; "
+                "TokenOrder.per_head() takes one window a head"
+            )
+        for window in self.heads or ():
+            if not 0 <= window < len(self.windows):
+                raise ValueError(f"heads name windows 0 to {len(self.windows) - 1}, got {window}")
 
     @classmethod
     def single(cls, frames: int, height: int, width: int) -> TokenOrder:
         """The same window for every head."""
         return cls(((frames, height, width),))
 
+    @classmethod
+    def per_head(cls, windows: Sequence[tuple[int, int, int]]) -> TokenOrder:
+        """One window a head, in the order of the heads; equal ones are kept once."""
+        distinct = tuple(dict.fromkeys(windows))
+        return cls(distinct, tuple(distinct.index(window) for window in windows))
+
     def permutation(self, grid: TokenGrid, device: torch.device | str | None = None) -> Tensor:
-        """`int64 [1 or H, S]`: position `i` of the reordered sequence holds token `permutation[:, i]`."""
-        return _permutations(self, grid, str(device or "cpu"))[0]
+        """`int32 [windows, S]`: position `i` of a reordered sequence holds token `permutation[:, i]`."""
+        return _permutations(self.windows, grid, str(device or "cpu"))[0]
 
     def inverse(self, grid: TokenGrid, device: torch.device | str | None = None) -> Tensor:
-        """`int64 [1 or H, S]`: where each token went; undoes `permutation`."""
-        return _permutations(self, grid, str(device or "cpu"))[1]
+        """`int32 [windows, S]`: where each token went; undoes `permutation`."""
+        return _permutations(self.windows, grid, str(device or "cpu"))[1]
 
-    def apply(self, x: Tensor, grid: TokenGrid) -> Tensor:
-        """Reorder `x` `[B, S, H, D]` so that the tokens of a window are neighbours."""
-        return _gather_tokens(x, self.permutation(grid, x.device))
+    def apply(self, grid: TokenGrid, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Reorder tensors `[B, S, H, D]`, up to three at once, so that the tokens of a window are neighbours."""
+        device = tensors[0].device
+        return gather_tokens(
+            tensors, self.permutation(grid, device), _head_rows(self.heads, str(device))
+        )
 
-    def undo(self, x: Tensor, grid: TokenGrid) -> Tensor:
+    def undo(self, grid: TokenGrid, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The inverse of `apply`, for the output `[B, S, H, D]`."""
-        return _gather_tokens(x, self.inverse(grid, x.device))
+        device = tensors[0].device
+        return gather_tokens(
+            tensors, self.inverse(grid, device), _head_rows(self.heads, str(device))
+        )
 
 
-def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    if x.shape[1] != index.shape[1]:
-        raise ValueError(f"the grid has {index.shape[1]} tokens, the tensor {x.shape[1]}")
-    if index.shape[0] == 1:
-        return x.index_select(1, index[0])
-    if index.shape[0] != x.shape[2]:
-        raise ValueError(f"the order has {index.shape[0]} heads, the tensor {x.shape[2]}")
-    return x.gather(1, index.t()[None, :, :, None].expand_as(x))
-
-
-# Bounded: a run uses a handful of (order, grid, device) triples; each entry holds 16 bytes a token and head.
+# Bounded: a run uses a handful of (windows, grid, device) triples; each entry holds 8 bytes a token and window.
 @functools.lru_cache(maxsize=16)
-def _permutations(order: TokenOrder, grid: TokenGrid, device: str) -> tuple[Tensor, Tensor]:
+def _permutations(
+    windows: tuple[tuple[int, int, int], ...], grid: TokenGrid, device: str
+) -> tuple[Tensor, Tensor]:
     start, stop = grid.grid_span
     outside = torch.cat([torch.arange(0, start), torch.arange(stop, grid.num_tokens)])
     forward = torch.stack(
-        [torch.cat([_window_walk(grid.shape, w) + start, outside]) for w in order.windows]
+        [torch.cat([_window_walk(grid.shape, w) + start, outside]) for w in windows]
     )
-    return forward.to(device), forward.argsort(-1).to(device)
+    return (forward.to(device, torch.int32), forward.argsort(-1).to(device, torch.int32))
+
+
+# One small entry for each choice of windows, of which a model has one a layer.
+@functools.lru_cache(maxsize=256)
+def _head_rows(heads: tuple[int, ...] | None, device: str) -> Tensor | None:
+    return None if heads is None else torch.tensor(heads, dtype=torch.int32, device=device)
 
 
 def _window_walk(shape: tuple[int, int, int], window: tuple[int, int, int]) -> Tensor:

@@ -56,9 +56,9 @@ class Auto(Method):
         """Square blocks."""
         return (self.block or (64 if grid.num_tokens <= SHORT_SEQUENCE else 128),) * 2
 
-    def order(self, grid: TokenGrid) -> TokenOrder:
+    def order(self, site: AttentionSite) -> TokenOrder:
         """DraftAttention's patches."""
-        return TokenOrder((WINDOWS[self.block_size(grid)[0]],))
+        return TokenOrder((WINDOWS[self.block_size(site.grid)[0]],))
 
     def refreshes(self, site: AttentionSite, last_refresh: int | None) -> bool:
         """Every `refresh_every` steps."""

@@ -69,8 +69,11 @@ class Method(ABC):
         """Log2 threshold of the in-kernel vote that thins the mask for the next step; None: the mask stays."""
         return None
 
-    def order(self, grid: TokenGrid) -> TokenOrder | None:
-        """Which tokens share a block; None keeps the sequence as it is."""
+    def order(self, site: AttentionSite) -> TokenOrder | None:
+        """Which tokens share a block, in all heads or in each; None keeps the sequence as it is.
+
+        A mask belongs to its order: where a layer's order changes in mid-run, its blocks are chosen afresh.
+        """
         return None
 
     def default_schedule(self) -> Schedule:

@@ -56,7 +56,7 @@ class DraftAttention(Method):
         """One patch."""
         return (self.pool_h * self.pool_w,) * 2
 
-    def order(self, grid: TokenGrid) -> TokenOrder:
+    def order(self, site: AttentionSite) -> TokenOrder:
         """Patch after patch, each `pool_h x pool_w` tokens of one frame."""
         return TokenOrder.single(1, self.pool_h, self.pool_w)
 

@@ -75,8 +75,8 @@ def test_draft_attention_against_its_equations(f, h, w, text, sparsity, seed):
     grid = TokenGrid.video(f, h, w, text=text)
     method = DraftAttention(sparsity=sparsity)
     q, k = queries(grid.num_tokens, seed=seed)
-    order = method.order(grid)
-    keep = method.keep_blocks(order.apply(q, grid), order.apply(k, grid), site(grid))
+    order = method.order(site(grid))
+    keep = method.keep_blocks(*order.apply(grid, q, k), site(grid))
     n, video = grid.num_tokens, f * h * w
     blocks = -(-n // 128)
     assert keep.shape == (1, 2, blocks, blocks)

@@ -21,9 +21,7 @@ def grids(draw):
     )
 
 
-orders = st.lists(st.tuples(sizes, sizes, sizes), min_size=1, max_size=3).map(
-    lambda w: TokenOrder(tuple(w))
-)
+orders = st.lists(st.tuples(sizes, sizes, sizes), min_size=1, max_size=3).map(TokenOrder.per_head)
 
 
 @given(grids(), orders)
@@ -31,10 +29,22 @@ def test_an_order_is_a_permutation_and_undoes_itself(grid, order):
     n = grid.num_tokens
     forward, back = order.permutation(grid), order.inverse(grid)
     for there, home in zip(forward, back, strict=True):
-        assert torch.equal(there.sort().values, torch.arange(n))
-        assert torch.equal(there[home], torch.arange(n))
-    x = torch.randn(2, n, len(order.windows), 3, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(order.undo(order.apply(x, grid), grid), x)
+        assert there.dtype == home.dtype == torch.int32
+        assert torch.equal(there.sort().values, torch.arange(n, dtype=torch.int32))
+        assert torch.equal(there[home], torch.arange(n, dtype=torch.int32))
+    x, y, z = torch.randn(3, 2, n, len(order.heads), 3, generator=torch.Generator().manual_seed(0))
+    moved = order.apply(grid, x, y, z)
+    for head, window in enumerate(order.heads):
+        assert torch.equal(moved[1][:, :, head], y[:, forward[window], head])
+    assert all(map(torch.equal, order.undo(grid, *moved), (x, y, z)))
+
+
+def test_heads_share_the_permutation_of_a_window():
+    order = TokenOrder.per_head([(1, 2, 2), (4, 1, 1), (1, 2, 2), (1, 2, 2)])
+    assert order.windows == ((1, 2, 2), (4, 1, 1))
+    assert order.heads == (0, 1, 0, 0)
+    assert order.permutation(TokenGrid.video(4, 4, 4, text=3)).shape == (2, 67)
+    assert TokenOrder.single(1, 2, 2).heads is None
 
 
 @given(grids(), orders)
@@ -110,6 +120,8 @@ def test_grids_differ_with_the_meaning_of_a_position():
         (lambda: TokenGrid.video(0, 3, 4), "at least one token"),
         (lambda: TokenOrder(()), "at least one"),
         (lambda: TokenOrder(((1, 0, 4),)), "three sizes >= 1"),
+        (lambda: TokenOrder(((1, 1, 4), (1, 2, 2))), "2 windows need heads"),
+        (lambda: TokenOrder(((1, 1, 4),), heads=(0, 1)), "windows 0 to 0, got 1"),
     ],
 )
 def test_impossible_geometry_is_refused(make, message):
@@ -119,5 +131,10 @@ def test_impossible_geometry_is_refused(make, message):
 
 def test_an_order_for_other_heads_is_refused():
     grid = TokenGrid.video(2, 2, 2)
-    with pytest.raises(ValueError, match="2 heads, the tensor 3"):
-        TokenOrder(((1, 1, 1), (2, 1, 1))).apply(torch.zeros(1, 8, 3, 4), grid)
+    with pytest.raises(ValueError, match="2 heads, the tensor has 3"):
+        TokenOrder.per_head([(1, 1, 1), (2, 1, 1)]).apply(grid, torch.zeros(1, 8, 3, 4))
+
+
+def test_an_order_of_another_grid_is_refused():
+    with pytest.raises(ValueError, match="8 tokens, the tensor has 9"):
+        TokenOrder.single(1, 1, 1).apply(TokenGrid.video(2, 2, 2), torch.zeros(1, 9, 3, 4))
