@@ -164,6 +164,32 @@ def attend_blocks(
     )
 
 
+def run_backend(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float,
+    **options: object,
+) -> AttentionOutput:
+    """What the operation runs, for callers that are inside an opaque operation already and have checked their inputs.
+
+    Args:
+        name: of a backend that serves the call, from `select_backend`.
+        query: `[B, Sq, H, D]`; key, value and mask as for `attend_blocks`.
+        key: `[B, Sk, H, D]`.
+        value: `[B, Sk, H, D]`.
+        mask: over `(Sq, Sk)`.
+        scale: of the logits.
+        options: `kv_lengths`, `vote_threshold`, `lse_prev`, `want_lse` and `want_mass` of the backends.
+    """
+    module, function = _BACKENDS[name]
+    attend = getattr(import_module(module), function)
+    return AttentionOutput(*attend(query, key, value, mask, scale=scale, **options))
+
+
 # -- backends -----------------------------------------------------------------------------------------------------
 
 
@@ -341,13 +367,16 @@ def _check(
 # -- torch.library: torch.compile sees one opaque operation ---------------------------------------------------------
 
 
-@torch.library.custom_op(
+# Defined piece by piece: `torch.library.custom_op` takes three times as long a call, and attention is called often.
+torch.library.define(
     "sparsediff::attend_blocks",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor kv_num_blocks, Tensor kv_indices, int[] block_size, "
+    "(Tensor query, Tensor key, Tensor value, Tensor kv_num_blocks, Tensor kv_indices, int[] block_size, "
     "float scale, Tensor? kv_lengths, float? vote_threshold, Tensor? lse_prev, bool want_lse, bool want_mass, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
+
+
+@torch.library.impl("sparsediff::attend_blocks", "default")
 def _attend_blocks(
     query,
     key,
@@ -366,8 +395,8 @@ def _attend_blocks(
     # Chosen in here, where torch.compile does not look: the choice reads files and device properties.
     choice = select_backend(query.device, query.dtype, query.shape[-1], tuple(block_size), backend)
     mask = BlockMask(kv_num_blocks, kv_indices, tuple(block_size), (query.shape[1], key.shape[1]))
-    module, function = _BACKENDS[choice.name]
-    results = getattr(import_module(module), function)(
+    result = run_backend(
+        choice.name,
         query,
         key,
         value,
@@ -380,10 +409,10 @@ def _attend_blocks(
         want_mass=want_mass,
     )
     # An operation returns tensors, never None: what was not asked for is empty.
-    return tuple(query.new_empty(0) if x is None else x for x in results)
+    return tuple(query.new_empty(0) if x is None else x for x in result)
 
 
-@_attend_blocks.register_fake
+@torch.library.register_fake("sparsediff::attend_blocks")
 def _fake_attend_blocks(
     query,
     key,

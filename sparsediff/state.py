@@ -26,7 +26,7 @@ from sparsediff import adapter as adapters
 from sparsediff.adapter import ModelAdapter
 from sparsediff.block_mask import BlockMask, area_density, forced_blocks, pack_bits, unpack_bits
 from sparsediff.clock import Clock, Tick
-from sparsediff.kernels.attention import CPU_BREAK_EVEN, DTYPES, attend_blocks, select_backend
+from sparsediff.kernels.attention import CPU_BREAK_EVEN, DTYPES, run_backend, select_backend
 from sparsediff.methods import AttentionSite, Method
 from sparsediff.processor import STATES
 from sparsediff.recorder import Recorder
@@ -308,9 +308,8 @@ class RunState:
                 f"mask density above {CPU_BREAK_EVEN}, where dense attention is faster on a CPU",
             )
         density = slot.density
-        result = attend_blocks(
-            q, k, v, mask, scale=scale, vote_threshold=threshold, backend=backend.name
-        )
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        result = run_backend(backend.name, q, k, v, mask, scale=scale, vote_threshold=threshold)
         if threshold is not None:
             slot.store(
                 unpack_bits(slot.bitmap, mask.num_blocks[1]) & result.vote | forced,
