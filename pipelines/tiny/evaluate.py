@@ -22,12 +22,17 @@ from torch import Tensor
 from . import CALL, MODELS, WEIGHTS, load_folder, measure, render
 from .autoencoder import ClipAutoencoder
 
+EXAM = 100  # captions
+
 
 def exam(count: int) -> tuple[render.Scenes, list[str]]:
-    """The held-out scenes and their complete captions; the same for every model."""
+    """The first `count` held-out scenes and their complete captions; the same for every model."""
+    if not 1 <= count <= EXAM:
+        raise ValueError(f"the exam has {EXAM} captions, not {count}")
     generator = torch.Generator().manual_seed(2026)
-    scenes = render.sample_scenes(count, generator, held_out=True)
-    return scenes, render.captions(scenes, generator, complete=True)
+    scenes = render.sample_scenes(EXAM, generator, held_out=True)
+    captions = render.captions(scenes, generator, complete=True)
+    return scenes[:count], captions[:count]
 
 
 def generate(
@@ -65,6 +70,8 @@ def make_latents(args: argparse.Namespace) -> tuple[Tensor, dict[str, str]]:
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance,
     }
+    if args.max_sequence_length:
+        call["max_sequence_length"] = args.max_sequence_length
     started = time.monotonic()
     _, prompts = exam(args.prompts)
     latents = generate(pipe, prompts, batch=args.batch, output_type="latent", **call)
@@ -169,12 +176,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", choices=MODELS, default="tiny-wan")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--prompts", type=int, default=EXAM)
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--steps", type=int, default=CALL["num_inference_steps"])
     parser.add_argument("--guidance", type=float, default=CALL["guidance_scale"])
     parser.add_argument("--frames", type=int, default=CALL["num_frames"])
     parser.add_argument("--size", type=int, default=CALL["width"])
+    parser.add_argument(
+        "--max-sequence-length", type=int, help="text tokens; the pipeline's own unless given"
+    )
     parser.add_argument("--latents", type=Path, help="what `generate` wrote")
     parser.add_argument("--sheet", type=int, default=16, help="clips on the sample sheet")
     parser.add_argument("--tag", default="", help="appended to the file names")

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import models, render
+from . import WEIGHTS, models, render
 from .autoencoder import ClipAutoencoder, channels_last_is_faster, normalise_latents
 from .optim import Muon, split_parameters
 from .tasks import TASKS
@@ -47,6 +47,7 @@ class Bucket:
 
 SMALL = Bucket(frames=17, size=96, batch=192, clips=40_000, encode_batch=64)
 DEFAULT = Bucket(frames=33, size=128, batch=64, clips=24_000)
+HALF = Bucket(frames=33, size=128, batch=48, clips=24_000)
 LONG = Bucket(frames=61, size=192, batch=12, clips=2_000, encode_batch=8)  # 9,216 tokens
 WIDE = Bucket(frames=33, size=256, batch=12, clips=2_000, encode_batch=8)  # 9,216 tokens
 TOY = Bucket(frames=5, size=32, batch=2, clips=4, encode_batch=2)
@@ -71,7 +72,8 @@ class Recipe:
 RECIPES = {
     "start": Recipe(begin=0.0, end=0.3, buckets=((SMALL, 1.0),)),
     "main": Recipe(begin=0.3, end=1.0, buckets=((DEFAULT, 1.0),), late_buckets=((DEFAULT, 0.8), (LONG, 0.1), (WIDE, 0.1)), late=0.65),
-    "whole": Recipe(begin=0.0, end=1.0, buckets=((SMALL, 1.0),), late_buckets=((DEFAULT, 1.0),), late=0.3),
+    "more": Recipe(begin=0.0, end=1.0, buckets=((DEFAULT, 0.76), (LONG, 0.12), (WIDE, 0.12)), learning_rate=5e-4, flat=0.15),
+    "whole": Recipe(begin=0.0, end=1.0, buckets=((SMALL, 1.0),), late_buckets=((HALF, 1.0),), late=0.22),
     "toy": Recipe(begin=0.0, end=1.0, buckets=((TOY, 1.0),), warmup=2),
 }  # fmt: skip
 
@@ -293,8 +295,9 @@ def finish_autoencoder(
 
 
 def load_autoencoder(model: nn.Module, folder: Path) -> None:
-    """Fill `model` with what an earlier chunk saved."""
-    stored = load_file(folder / "autoencoder.safetensors")
+    """Fill `model` with what an earlier chunk saved, else with the weights in the package."""
+    own, shipped = folder / "autoencoder.safetensors", WEIGHTS / "tiny-wan" / "vae"
+    stored = load_file(own if own.exists() else shipped / "diffusion_pytorch_model.safetensors")
     model.load_state_dict({k: v.float() for k, v in stored.items()})
 
 
