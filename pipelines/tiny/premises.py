@@ -4,6 +4,11 @@
 
 Masks are the heaviest 20 % of 64x64 blocks by exact softmax mass, tokens in the model's own order (frame, row,
 column).  Everything is of the self-attention of the conditional branch unless named otherwise.
+
+Where text joins the sequence (CogVideoX: in front of the video) it is always kept: every video token attends to all
+text, text attends to everything, and blocks are counted from the first video token on.  Masks, overlaps and masses are
+then of the video-to-video part, whose mass is made to sum to one; how much of a video token's attention goes to text
+is a figure of its own.  The log-sum-exp is of the whole row, for video tokens.
 """
 
 from __future__ import annotations
@@ -12,15 +17,17 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.transformers import transformer_wan
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from . import CALL, WEIGHTS, load_folder
+from . import CALL, MODELS, WEIGHTS, load_folder
 from .evaluate import exam, generate
+from .models import TEXT_TOKENS
 
 BLOCK = 64
 KEEP = 0.2
@@ -29,79 +36,116 @@ DENSITIES = (0.5, 0.3, 0.2, 0.1)
 DENSE_FRACTION = 0.2
 
 
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """What the probe must know of a family's self-attention."""
+
+    text_tokens: int  # in front of the video tokens
+    branches_in_batch: (
+        bool  # one call for (unconditional, conditional), else two calls, conditional first
+    )
+
+
+ATTENTION = {
+    "tiny-wan": Attention(text_tokens=0, branches_in_batch=False),
+    "tiny-cogvideox": Attention(text_tokens=TEXT_TOKENS["tiny-cogvideox"], branches_in_batch=True),
+}
+
+
 @contextmanager
-def intercepted(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """Send every self-attention of Wan transformers through `attend(q, k, v)`, layout `[B, S, H, D]`."""
-    stock = transformer_wan.dispatch_attention_fn
+def intercepted(
+    transformer: nn.Module, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Iterator[None]:
+    """Send every self-attention of `transformer` through `attend(q, k, v)`, layout `[B, H, S, D]`."""
 
-    def dispatch(query, key, value, **options):
-        # text is never as long as the video here
-        return (
-            attend(query, key, value)
-            if query.shape[1] == key.shape[1]
-            else stock(query, key, value, **options)
-        )
+    class Redirect(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            del types
+            named = {**dict(zip(("query", "key", "value"), args, strict=False)), **(kwargs or {})}
+            # text in cross-attention is never as long as the video here
+            if (
+                func is F.scaled_dot_product_attention
+                and named["query"].shape == named["key"].shape
+            ):
+                return attend(named["query"], named["key"], named["value"])
+            return func(*args, **(kwargs or {}))
 
-    transformer_wan.dispatch_attention_fn = dispatch
+    stock = transformer.forward
+
+    def forward(*args, **kwargs):
+        with Redirect():
+            return stock(*args, **kwargs)
+
+    transformer.forward = forward
     try:
         yield
     finally:
-        transformer_wan.dispatch_attention_fn = stock
+        del transformer.forward
 
 
 class Probe:
     """Attention that counts where it is (layer, branch, step) and records or thins out.
 
-    `mass` `[steps, layers, B, H, N, N]` float16: share of each query block's softmax mass per key block;
-    `lse` `[steps, layers, B, H, S]`: natural-log sum of exponentials.
+    `mass` `[steps * layers, B, H, N, N]` float16: share of each query block's softmax mass per key block;
+    `lse` `[steps * layers, B, H, S]`: natural-log sum of exponentials; `to_text` `[steps * layers, H]`: share of the
+    mass that goes to text.  All of video tokens, conditional branch.
     """
 
     def __init__(
         self,
         layers: int,
+        attention: Attention,
         *,
         dense_steps: int = 0,
         density: float | None = None,
         record: bool = False,
     ) -> None:
-        self.layers, self.dense_steps, self.density, self.record = (
-            layers,
-            dense_steps,
-            density,
-            record,
-        )
+        self.layers, self.attention = layers, attention
+        self.dense_steps, self.density, self.record = dense_steps, density, record
         self.calls = 0
         self.mass: list[Tensor] = []
         self.lse: list[Tensor] = []
+        self.to_text: list[Tensor] = []
         self.unconditional_overlap: list[float] = []
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Self-attention, `[B, S, H, D]`."""
-        step, position = divmod(self.calls, 2 * self.layers)
-        unconditional = position >= self.layers
+        """Self-attention, `[B, H, S, D]`."""
+        text, batched = self.attention.text_tokens, self.attention.branches_in_batch
+        step, position = divmod(self.calls, self.layers if batched else 2 * self.layers)
         self.calls += 1
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         sparse = self.density is not None and step >= self.dense_steps
         if not (sparse or self.record):
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        scores = (q.float() @ k.float().mT) * q.shape[-1] ** -0.5
+            return F.scaled_dot_product_attention(query, key, value)
+        scores = (query.float() @ key.float().mT) * query.shape[-1] ** -0.5
         lse = scores.logsumexp(-1)
         weights = (scores - lse[..., None]).exp_()
-        mass = block_mass(weights)
-        if self.record and not unconditional:
-            self.mass.append(mass.half())
-            self.lse.append(lse)
+        del scores
+        mass = block_mass(weights[..., text:, text:])
+        if self.record and batched:
+            conditional = slice(len(mass) // 2, None)
+            to_text = weights[conditional, :, text:, :text].sum(-1).mean((0, 2))
+            self._record(mass[conditional], lse[conditional, :, text:], to_text)
+            self._compare(mass[: len(mass) // 2], self.mass[-1])
+        elif self.record and position < self.layers:
+            self._record(mass, lse, torch.zeros(mass.shape[1]))
         elif self.record:
-            other = self.mass[step * self.layers + position - self.layers]
-            self.unconditional_overlap.append(
-                overlap(top_blocks(mass, KEEP), top_blocks(other, KEEP)).mean().item()
-            )
+            self._compare(mass, self.mass[step * self.layers + position - self.layers])
         if sparse:
             kept = top_blocks(mass, self.density)
             mask = kept.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)
-            weights *= mask[..., : weights.shape[-2], : weights.shape[-1]]
+            tokens = weights.shape[-1] - text
+            weights[..., text:, text:] *= mask[..., :tokens, :tokens]
             weights /= weights.sum(-1, keepdim=True)
-        return (weights.to(v.dtype) @ v).transpose(1, 2)
+        return weights.to(value.dtype) @ value
+
+    def _record(self, mass: Tensor, lse: Tensor, to_text: Tensor) -> None:
+        self.mass.append(mass.half())
+        self.lse.append(lse)
+        self.to_text.append(to_text.cpu())
+
+    def _compare(self, unconditional: Tensor, conditional: Tensor) -> None:
+        shared = overlap(top_blocks(unconditional, KEEP), top_blocks(conditional, KEEP))
+        self.unconditional_overlap.append(shared.mean().item())
 
 
 def block_mass(weights: Tensor) -> Tensor:
@@ -160,7 +204,19 @@ def patterns(probe: Probe, steps: int) -> dict:
     mass = torch.stack(probe.mass).unflatten(0, (steps, probe.layers))  # [T, L, B, H, N, N]
     lse = torch.stack(probe.lse).unflatten(0, (steps, probe.layers))
     kept = top_blocks(mass, KEEP)
-    result: dict = {"blocks": mass.shape[-1], "heads": mass.shape[3], "keep": KEEP}
+    text = torch.stack(probe.to_text).unflatten(0, (steps, probe.layers))  # [T, L, H]
+    result: dict = {
+        "blocks": mass.shape[-1],
+        "layers": probe.layers,
+        "heads": mass.shape[3],
+        "keep": KEEP,
+        "text_tokens": probe.attention.text_tokens,
+        "mass_on_text": {
+            "mean": text.mean().item(),
+            "least_head": text.mean(0).min().item(),
+            "most_head": text.mean(0).max().item(),
+        },
+    }
     lags = range(1, steps // 2 + 1)
     by_lag = {d: overlap(kept[:-d], kept[d:]) for d in lags}
     result["overlap_by_step_distance"] = {
@@ -213,7 +269,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     pipe = load_folder(args.weights, args.model, torch_dtype=dtype, device=device)
     pipe.vae.to(torch.float32)
-    layers, steps = len(pipe.transformer.blocks), args.steps
+    blocks = getattr(pipe.transformer, "blocks", None) or pipe.transformer.transformer_blocks
+    attention, layers, steps = ATTENTION[args.model], len(blocks), args.steps
     call = {
         "height": args.size,
         "width": args.size,
@@ -224,10 +281,10 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
     twice = [p for p in prompts for _ in range(2)]  # each prompt with two seeds
 
     def run(probe: Probe) -> Tensor:
-        with intercepted(probe):
+        with intercepted(pipe.transformer, probe):
             return generate(pipe, twice, batch=len(twice), **call)
 
-    recorder = Probe(layers, record=True)
+    recorder = Probe(layers, attention, record=True)
     dense = run(recorder)
     result = {
         "model": args.model,
@@ -246,7 +303,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
     yield result
     dense_steps = round(DENSE_FRACTION * steps)
     for density in args.densities:
-        video = run(Probe(layers, dense_steps=dense_steps, density=density))
+        video = run(Probe(layers, attention, dense_steps=dense_steps, density=density))
         p, s = psnr(video, dense), ssim(video, dense)
         result["oracle"][f"{density:g}"] = {
             "dense_steps": dense_steps, "clips": len(p),
@@ -329,7 +386,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=("tiny-wan",), default="tiny-wan")
+    parser.add_argument("--model", choices=MODELS, default="tiny-wan")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=4)
