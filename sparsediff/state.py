@@ -4,7 +4,7 @@ For each guidance branch and layer (the batch and the heads are dimensions of th
 
     if schedule says dense:              dense attention, on the backend that the user chose
     elif the method refreshes here:      mask = forced | method.keep_blocks(q, k)
-    elif the method votes:               mask = forced | (mask & vote of the previous call)
+    elif the method votes:               mask = forced | vote of the previous call
     else:                                mask = mask
     out = undo(block_sparse_attention(order(q, k, v), mask))
 
@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from sparsediff import adapter as adapters
 from sparsediff.adapter import ModelAdapter
-from sparsediff.block_mask import BlockMask, area_density, forced_blocks, pack_bits, unpack_bits
+from sparsediff.block_mask import BlockMask, forced_blocks
 from sparsediff.clock import Clock, Tick
 from sparsediff.kernels.attention import CPU_BREAK_EVEN, DTYPES, run_backend, select_backend
+from sparsediff.kernels.block_bitmap import pack_mask
 from sparsediff.methods import AttentionSite, Method
 from sparsediff.processor import STATES
 from sparsediff.recorder import Recorder
@@ -58,11 +59,29 @@ class _Slot:
     refreshed_at: int | None = None
     lists: BlockMask | None = None
 
-    def store(self, keep: Tensor, block_size: tuple[int, int], tokens: int) -> BlockMask:
-        self.bitmap = pack_bits(keep)
-        self.density = area_density(keep, block_size, (tokens, tokens)).mean(0)
-        mask = BlockMask.from_dense(keep, block_size, (tokens, tokens))
-        self.lists = mask if mask.kv_indices.nbytes <= LIST_CACHE_BYTES else None
+    def store(
+        self,
+        keep: Tensor,
+        forced: Tensor,
+        block_size: tuple[int, int],
+        tokens: int,
+        *,
+        want_mask: bool = True,
+    ) -> BlockMask | None:
+        """Remember `keep | forced`, in place of what was; returns it as a mask if it is wanted at once."""
+        lengths, small = (tokens, tokens), keep.numel() * 4 <= LIST_CACHE_BYTES
+        same = self.bitmap is not None and self.bitmap.shape[:3] == keep.shape[:3]
+        packed = pack_mask(
+            keep,
+            forced,
+            block_size,
+            lengths,
+            bitmap=self.bitmap if same else None,
+            want_lists=want_mask or small,
+        )
+        self.bitmap, self.density = packed.bitmap, packed.density
+        mask = None if packed.lists is None else BlockMask(*packed.lists, block_size, lengths)
+        self.lists = mask if small else None
         return mask
 
     def mask(self, block_size: tuple[int, int], tokens: int) -> BlockMask:
@@ -292,7 +311,7 @@ class RunState:
         q, k, v = (query, key, value) if order is None else order.apply(grid, query, key, value)
         forced = _forced(grid, block_size, query.device, order is not None)
         if method.refreshes(site, slot.refreshed_at):
-            mask = slot.store(method.keep_blocks(q, k, site) | forced, block_size, tokens)
+            mask = slot.store(method.keep_blocks(q, k, site), forced, block_size, tokens)
             slot.refreshed_at = site.step
         else:
             mask = slot.mask(block_size, tokens)
@@ -311,11 +330,8 @@ class RunState:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         result = run_backend(backend.name, q, k, v, mask, scale=scale, vote_threshold=threshold)
         if threshold is not None:
-            slot.store(
-                unpack_bits(slot.bitmap, mask.num_blocks[1]) & result.vote | forced,
-                block_size,
-                tokens,
-            )
+            # A vote names only blocks that were visited: with what is forced it is the next mask.
+            slot.store(result.vote, forced, block_size, tokens, want_mask=False)
         self._record(index, site, query, density, backend)
         return (result.out if order is None else order.undo(grid, result.out)[0]), None
 

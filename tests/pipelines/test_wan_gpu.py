@@ -132,8 +132,9 @@ def test_no_host_synchronisation_while_denoising(pipe):
         torch.cuda.set_sync_debug_mode("error")
         try:
             keep = handle.method.keep_blocks(q, k, _site(state, handle))
-            mask = slot.store(keep, (64, 64), 1280)
-            attend_blocks(q, k, v, mask, vote_threshold=-2.0)
+            mask = slot.store(keep, torch.zeros_like(keep[0, 0]), (64, 64), 1280)
+            vote = attend_blocks(q, k, v, mask, vote_threshold=-2.0).vote
+            slot.store(vote, torch.zeros_like(keep[0, 0]), (64, 64), 1280, want_mask=False)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
