@@ -144,3 +144,8 @@ def normalise_latents(model: AutoencoderKLWan, mean: Tensor, std: Tensor) -> Non
     quant.bias.sub_(offset).mul_(inverse)
     post.bias.add_(post.weight[:, :, 0, 0, 0] @ mean)
     post.weight.mul_(std.view(1, -1, 1, 1, 1))
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Decibels for each clip of `[B, ...]` with values in [-1, 1]."""
+    return 10 * torch.log10(4 / (a - b).square().flatten(1).mean(1).clamp_min(1e-10))

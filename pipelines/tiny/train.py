@@ -1,24 +1,24 @@
 """Train the tiny models from nothing on rendered clips.
 
-    python -m sparsediff.pipelines.tiny.train autoencoder --seconds 270 --out runs/tiny
+    python -m sparsediff.pipelines.tiny.train autoencoder --recipe start --seconds 270 --out runs/tiny
     python -m sparsediff.pipelines.tiny.train denoiser --model tiny-wan --recipe start --seconds 200 --out runs/tiny
     python -m sparsediff.pipelines.tiny.train denoiser --model tiny-wan --recipe main --seconds 450 --out runs/tiny
 
 Every call is one chunk: it reads what earlier chunks left in `--out` and writes its own.  `--iterations` in place of
 `--seconds` makes a chunk deterministic for a seed.  Under `torchrun` gradients are averaged over the GPUs.
-`--resume shipped` starts from the weights in the package.
+`--resume shipped` starts from the weights in the package, and so does the autoencoder of an `--out` that has none.
+`train_autoencoder.py` holds the autoencoder's part, `chunks.py` what both need.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,10 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import WEIGHTS, models, render
-from .autoencoder import ClipAutoencoder, channels_last_is_faster, normalise_latents
+from . import models, render
+from .autoencoder import ClipAutoencoder
+from .chunks import Budget, Log, channels_last, mixed_precision, seeded
 from .optim import Muon, split_parameters
 from .tasks import TASKS
+from .train_autoencoder import AUTOENCODER_RECIPES, load_autoencoder, train_autoencoder
 from .world import World
 
 
@@ -47,7 +49,7 @@ class Bucket:
 
 SMALL = Bucket(frames=17, size=96, batch=192, clips=40_000, encode_batch=64)
 DEFAULT = Bucket(frames=33, size=128, batch=64, clips=24_000)
-HALF = Bucket(frames=33, size=128, batch=48, clips=24_000)
+JOINT = Bucket(frames=33, size=128, batch=48, clips=24_000)  # text makes the sequence longer
 LONG = Bucket(frames=61, size=192, batch=12, clips=2_000, encode_batch=8)  # 9,216 tokens
 WIDE = Bucket(frames=33, size=256, batch=12, clips=2_000, encode_batch=8)  # 9,216 tokens
 TOY = Bucket(frames=5, size=32, batch=2, clips=4, encode_batch=2)
@@ -61,115 +63,20 @@ class Recipe:
     end: float
     buckets: tuple[tuple[Bucket, float], ...]  # with the share of iterations each gets ...
     late_buckets: tuple[tuple[Bucket, float], ...] = ()  # ... and from `late` on
-    late: float = 0.7
+    late: float = 1.0
     learning_rate: float = 1e-3  # AdamW; Muon's update has half that root mean square
     warmup: int = 100  # iterations
-    flat: float = (
-        0.35  # the rate is constant up to this fraction of the schedule, then falls to zero
-    )
+    flat: float = 0.35  # fraction of the schedule after which the rate falls to zero
 
 
+# tiny-wan: `start`, `main`, then `more` with `--resume shipped --seed 1`; tiny-cogvideox: `whole`
 RECIPES = {
     "start": Recipe(begin=0.0, end=0.3, buckets=((SMALL, 1.0),)),
     "main": Recipe(begin=0.3, end=1.0, buckets=((DEFAULT, 1.0),), late_buckets=((DEFAULT, 0.8), (LONG, 0.1), (WIDE, 0.1)), late=0.65),
     "more": Recipe(begin=0.0, end=1.0, buckets=((DEFAULT, 0.76), (LONG, 0.12), (WIDE, 0.12)), learning_rate=5e-4, flat=0.15),
-    "whole": Recipe(begin=0.0, end=1.0, buckets=((SMALL, 1.0),), late_buckets=((HALF, 1.0),), late=0.22),
+    "whole": Recipe(begin=0.0, end=1.0, buckets=((SMALL, 1.0),), late_buckets=((JOINT, 1.0),), late=0.22),
     "toy": Recipe(begin=0.0, end=1.0, buckets=((TOY, 1.0),), warmup=2),
 }  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class AutoencoderRecipe:
-    """Clip sizes as training goes on: up to a fraction, so many frames of so many pixels, so many clips.
-
-    All convolutions are causal and, over 61 frames, all of them still see the beginning of the clip.  A decoder that
-    has only met 17 frames falls from 40 to 20 dB on the frames after them, so long clips must be part of it.
-    """
-
-    phases: tuple[tuple[float, int, int, int], ...]
-    learning_rate: float = 1.2e-3
-    warmup: int = 100
-    fresh: bool = True
-    decoder_only: bool = (
-        False  # the latents stay what they are, so a denoiser trained on them stays valid
-    )
-    exam: tuple[int, int, int, int] = (33, 128, 16, 4)  # frames, size, batch, rounds
-
-
-AUTOENCODER_RECIPES = {
-    "whole": AutoencoderRecipe(phases=((0.65, 17, 64, 16), (0.85, 61, 64, 6), (1.0, 33, 128, 4))),
-    "start": AutoencoderRecipe(phases=((0.8, 17, 64, 16), (1.0, 17, 128, 6))),
-    "longer": AutoencoderRecipe(phases=((1.0, 61, 64, 6),), learning_rate=6e-4, warmup=20, fresh=False),
-    "decoder": AutoencoderRecipe(phases=((1.0, 33, 128, 4),), learning_rate=4e-4, warmup=20, fresh=False, decoder_only=True),
-    "toy": AutoencoderRecipe(phases=((1.0, 5, 32, 2),), warmup=2, exam=(5, 32, 2, 1)),
-    "toy-decoder": AutoencoderRecipe(phases=((1.0, 5, 32, 2),), fresh=False, decoder_only=True, exam=(5, 32, 2, 1)),
-}  # fmt: skip
-
-
-@dataclass
-class Budget:
-    """How far a chunk has come, by iterations or by the clock."""
-
-    world: World
-    seconds: float | None
-    iterations: int | None
-    iteration: int = 0
-    fraction: float = 0.0
-    started: float = field(default_factory=time.monotonic)
-
-    def __iter__(self) -> Iterator[float]:
-        """Yield the fraction done, before each iteration, until the budget is spent."""
-        while self.fraction < 1:
-            yield self.fraction
-            self.iteration += 1
-            if self.iterations is not None:
-                self.fraction = self.iteration / self.iterations
-            elif self.iteration % 5 == 0 or self.iteration < 5:
-                self.fraction = self.world.agree((time.monotonic() - self.started) / self.seconds)
-
-
-class Log:
-    """Lines on the console and in a JSON-lines file, from the first process only."""
-
-    def __init__(self, world: World, path: Path) -> None:
-        self.quiet, self.path, self.started = world.rank > 0, path, time.monotonic()
-
-    def __call__(self, **values: float | str) -> None:
-        """Write one record with the seconds since the start."""
-        if self.quiet:
-            return
-        record = {"seconds": round(time.monotonic() - self.started, 1), **values}
-        print(json.dumps(record), flush=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-def mixed_precision(device: torch.device) -> AbstractContextManager:
-    """Bfloat16 autocast on a GPU, nothing on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-
-
-def seeded(*numbers: int) -> torch.Generator:
-    """A CPU generator for a tuple of numbers: (run seed, purpose, rank, ...)."""
-    return torch.Generator().manual_seed(hash(numbers) & 0x7FFF_FFFF)
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Decibels for each clip of `[B, ...]` with values in [-1, 1]."""
-    return 10 * torch.log10(4 / (a - b).square().flatten(1).mean(1).clamp_min(1e-10))
-
-
-def channels_last(world: World, args: argparse.Namespace, log: Log) -> bool:
-    """Which memory layout suits the convolutions here: measured once, then remembered in `--out`."""
-    if world.device.type == "cpu":
-        return False
-    path = args.out / "layout.json"
-    if not path.exists():
-        video = render.render(render.sample_scenes(16, seeded(0)), 17, 64, 64, world.device)
-        gain = world.agree(channels_last_is_faster(video, mixed_precision(world.device)))
-        log(stage="layout", channels_last_gain_ms=1000 * gain)
-        path.write_text(json.dumps({"channels_last": gain > 0}))
-    return json.loads(path.read_text())["channels_last"]
 
 
 @contextmanager
@@ -202,114 +109,10 @@ def fastest_attention(world: World, log: Log) -> Iterator[None]:
         stage="attention",
         order=[b.name for b in order],
         right=right,
-        ms=[200 * s for s in seconds.values()],
+        ms={b.name: 200 * s for b, s in seconds.items()},
     )
     with sdpa_kernel([*order, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
         yield
-
-
-def train_autoencoder(args: argparse.Namespace, world: World, log: Log) -> None:
-    """Charbonnier and squared error, a pull of the latents towards mean 0 and variance 1, noise on the latents.
-
-    The noise teaches the decoder to shrug off the small errors a diffusion model makes.
-    """
-    device, cuda = world.device, world.device.type == "cuda"
-    recipe = AUTOENCODER_RECIPES[args.recipe]
-    torch.manual_seed(args.seed)
-    model = models.build_autoencoder()
-    if not recipe.fresh:
-        load_autoencoder(model, args.out)
-    clips = ClipAutoencoder(
-        model.to(device), compile=cuda, channels_last=channels_last(world, args, log)
-    )
-    world.same_weights(model.parameters())
-    learning = [model.decoder, model.post_quant_conv] if recipe.decoder_only else [model]
-    model.requires_grad_(False)
-    parameters = [p.requires_grad_() for part in learning for p in part.parameters()]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-4, fused=cuda
-    )
-    generator = seeded(args.seed, 1, world.rank, *map(ord, args.recipe))
-    noise = torch.Generator(device).manual_seed(args.seed + world.rank)
-    for fraction in (budget := Budget(world, args.seconds, args.iterations)):
-        warming = min(1, (budget.iteration + 1) / recipe.warmup)
-        rate = recipe.learning_rate * warming * (1 - fraction) + 1e-6
-        optimizer.param_groups[0]["lr"] = rate
-        frames, size, batch = next(clip for until, *clip in recipe.phases if fraction < until)
-        scenes = render.sample_scenes(batch, generator)
-        video = render.render(scenes, frames, size, size, device)
-        with mixed_precision(device):
-            latents = clips.encode(video).float()
-            level = 0.2 * torch.rand(batch, 1, 1, 1, 1, device=device, generator=noise)
-            jitter = torch.randn(latents.shape, device=device, generator=noise)
-            out = clips.decode(latents + level * jitter).float()
-        moments = latents.transpose(0, 1).flatten(1)
-        pull = moments.mean(1).square().mean() + (moments.std(1) - 1).square().mean()
-        error = out - video
-        loss = (error.square() + 1e-6).sqrt().mean() + 4 * error.square().mean() + 0.02 * pull
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        world.average_gradients(parameters)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        if budget.iteration % 200 == 0:
-            log(stage="autoencoder", recipe=args.recipe, iteration=budget.iteration, size=size, rate=rate,
-                loss=loss.item(), psnr_noisy=psnr(out, video).mean().item(), pull=pull.item())  # fmt: skip
-    log(stage="autoencoder", recipe=args.recipe, iteration=budget.iteration)
-    finish_autoencoder(model.requires_grad_(False), recipe, args, world, log)
-    world.leave()
-
-
-@torch.no_grad()
-def finish_autoencoder(
-    model: nn.Module,
-    recipe: AutoencoderRecipe,
-    args: argparse.Namespace,
-    world: World,
-    log: Log,
-) -> None:
-    """Normalise the latents of a fresh model, measure on held-out clips, save."""
-    clips, generator = ClipAutoencoder(model), seeded(args.seed, 2)
-    frames, size, batch, rounds = recipe.exam
-
-    def held_out(held_out: bool) -> Tensor:
-        scenes = render.sample_scenes(batch, generator, held_out=held_out)
-        return render.render(scenes, frames, size, size, world.device)
-
-    if recipe.fresh:
-        latents = torch.cat([clips.encode(held_out(False)) for _ in range(rounds)])
-        values = latents.transpose(0, 1).flatten(1)
-        normalise_latents(model, values.mean(1), values.std(1))
-        # nothing here trains the log variance that the class has; it is pinned to nearly none
-        model.quant_conv.weight[models.LATENT_CHANNELS :] = 0
-        model.quant_conv.bias[models.LATENT_CHANNELS :] = -12.0
-    scores = []
-    for _ in range(rounds):
-        video = held_out(True)
-        scores.append(psnr(clips.decode(clips.encode(video)).clamp(-1, 1), video))
-    scores = torch.cat(scores)
-    log(stage="autoencoder", recipe=args.recipe, held_out_psnr=scores.mean().item(),
-        worst=scores.min().item(), clips=len(scores), frames=frames, size=size)  # fmt: skip
-    if world.rank == 0:
-        save_weights(model, args.out / "autoencoder.safetensors")
-
-
-def load_autoencoder(model: nn.Module, folder: Path) -> None:
-    """Fill `model` with what an earlier chunk saved, else with the weights in the package."""
-    own, shipped = folder / "autoencoder.safetensors", WEIGHTS / "tiny-wan" / "vae"
-    stored = load_file(own if own.exists() else shipped / "diffusion_pytorch_model.safetensors")
-    model.load_state_dict({k: v.float() for k, v in stored.items()})
-
-
-def save_weights(model: nn.Module, path: Path) -> None:
-    """The state of a module in bfloat16."""
-    save_file(
-        {
-            k: v.detach().to("cpu", torch.bfloat16).contiguous()
-            for k, v in model.state_dict().items()
-        },
-        path,
-    )
 
 
 @torch.no_grad()
@@ -506,13 +309,14 @@ def export(args: argparse.Namespace, world: World, log: Log) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
+    known = {"autoencoder": AUTOENCODER_RECIPES, "denoiser": RECIPES}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stage", choices=("autoencoder", "denoiser", "export"))
     parser.add_argument("--model", choices=sorted(TASKS), default="tiny-wan")
     parser.add_argument(
-        "--recipe", choices=sorted({*RECIPES, *AUTOENCODER_RECIPES}), default="whole"
+        "--recipe", help="; ".join(f"{k}: {', '.join(v)}" for k, v in known.items())
     )
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--iterations", type=int)
@@ -525,6 +329,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.stage != "export" and (args.seconds is None) == (args.iterations is None):
         parser.error("give exactly one of --seconds and --iterations")
+    if args.stage in known and args.recipe not in known[args.stage]:
+        parser.error(f"{args.stage} needs --recipe, one of {', '.join(known[args.stage])}")
     args.out.mkdir(parents=True, exist_ok=True)
     world = World.join()
     if world.device.type == "cuda":

@@ -48,6 +48,12 @@ def test_prompt_to_clip_and_same_seed_same_clip(name):
     assert (first - other).abs().mean() > 0.01
 
 
+def test_the_first_captions_of_the_exam_do_not_depend_on_how_many_are_asked():
+    assert evaluate.exam(3)[1] == evaluate.exam(100)[1][:3]
+    with pytest.raises(ValueError, match="100 captions"):
+        evaluate.exam(101)
+
+
 def test_dtype_is_what_was_asked():
     assert tiny.load("tiny-wan", torch_dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
 

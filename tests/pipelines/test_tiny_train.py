@@ -58,6 +58,12 @@ def test_a_budget_is_needed(tmp_path):
         train.main(["denoiser", "--out", str(tmp_path)])
 
 
+def test_a_recipe_of_the_other_stage_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["autoencoder", "--recipe", "more", "--iterations", "1", "--out", str(tmp_path)])
+    assert "autoencoder needs --recipe, one of start, longer" in capsys.readouterr().err
+
+
 def test_padding_bias_hides_and_counts():
     valid = torch.tensor([[True, True, False, False]])
     bias = tasks.padding_bias(valid, total=10)[0, 0, 0]
