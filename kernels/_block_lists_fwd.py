@@ -70,11 +70,49 @@ def select_top_k(
     tl.store(count_ptr + i_row, tl.sum(b_one, 0))
 
 
+@triton.jit(
+    do_not_specialize=[
+        "stride_cb",
+        "stride_ch",
+        "stride_ib",
+        "stride_ih",
+        "num_heads",
+        "q_blocks",
+        "kv_blocks",
+        "steps",
+        "kv_block",
+    ]
+)
+def count_visible(
+    count_ptr, index_ptr, length_ptr, visible_ptr, stride_cb, stride_ch, stride_ib, stride_ih, num_heads, q_blocks,
+    kv_blocks, steps, kv_block, ROWS: tl.constexpr,
+):  # fmt: skip
+    """How many entries of every ascending list begin before its batch row's key length: a binary search a row."""
+    i_bh = tl.program_id(0)
+    i_b = (i_bh // num_heads).to(tl.int64)
+    i_h = (i_bh % num_heads).to(tl.int64)
+    o_row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    m_row = o_row < q_blocks
+    length = tl.load(length_ptr + i_b)
+    p_list = index_ptr + i_b * stride_ib + i_h * stride_ih + o_row.to(tl.int64) * kv_blocks
+    b_low = tl.zeros([ROWS], tl.int32)
+    b_high = tl.load(count_ptr + i_b * stride_cb + i_h * stride_ch + o_row, mask=m_row, other=0)
+    for _ in range(steps):
+        b_middle = (b_low + b_high) // 2
+        m_open = b_low < b_high
+        b_start = tl.load(p_list + b_middle, mask=m_open, other=0) * kv_block
+        m_inside = m_open & (b_start < length)
+        b_low = tl.where(m_inside, b_middle + 1, b_low)
+        b_high = tl.where(m_open & (b_start >= length), b_middle, b_high)
+    tl.store(visible_ptr + i_bh * q_blocks + o_row, b_low, mask=m_row)
+
+
 @triton.jit(do_not_specialize=["stride_cb", "stride_ch", "num_heads", "q_blocks"])
 def order_rows(
     count_ptr,
     flat_ptr,
     order_ptr,
+    draw_ptr,
     stride_cb,
     stride_ch,
     num_heads,
@@ -85,8 +123,11 @@ def order_rows(
     """Rows of every head by descending count, stable; and the counts laid out flat, `int32 [B * H * Mq]`.
 
     A row's place is the number of rows that go before it: quadratic in the rows of a head, and still microseconds.
+    `draw_ptr` `int32 [1]` becomes 0: a persistent grid counts with it how many rows it has handed out.
     """
     i_bh = tl.program_id(0)
+    if (i_bh == 0) & (tl.program_id(1) == 0):
+        tl.store(draw_ptr, 0)
     p_count = (
         count_ptr
         + (i_bh // num_heads).to(tl.int64) * stride_cb

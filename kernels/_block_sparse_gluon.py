@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsediff.block_mask import BlockMask
-from sparsediff.kernels import _block_sparse_triton, block_lists
+from sparsediff.kernels import block_lists
 from sparsediff.kernels._block_sparse_sm90 import block_sparse_fwd_sm90
 from sparsediff.kernels.quantize import QuantizedPair, quantize_pair
 from sparsediff.kernels.tuning import hopper_ring
@@ -27,25 +27,19 @@ def attend(
     want_lse: bool = False,
     want_mass: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Same contract as `_block_sparse_reference.attend`; no host synchronisation.
-
-    Calls with key lengths, or that ask for mass, go to the portable kernel: TMA cannot hide the keys past a length
-    that only the device knows, and a block's mass needs a sum across warps inside the loop.
-    """
-    if kv_lengths is not None or want_mass:
-        return _block_sparse_triton.attend(
-            query,
-            key,
-            value,
-            mask,
-            scale=scale,
-            kv_lengths=kv_lengths,
-            vote_threshold=vote_threshold,
-            lse_prev=lse_prev,
-            want_lse=want_lse,
-            want_mass=want_mass,
-        )
-    return _launch(query, key, value, mask, scale, vote_threshold, want_lse)
+    """Same contract as `_block_sparse_reference.attend`; no host synchronisation."""
+    return _launch(
+        query,
+        key,
+        value,
+        mask,
+        scale=scale,
+        kv_lengths=kv_lengths,
+        vote_threshold=vote_threshold,
+        lse_prev=lse_prev,
+        want_lse=want_lse,
+        want_mass=want_mass,
+    )
 
 
 def attend_int8(
@@ -61,11 +55,12 @@ def attend_int8(
     want_lse: bool = False,
     want_mass: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """`attend` with 8-bit logits; calls with key lengths, or that ask for mass or a vote, stay in 16 bits.
+    """`attend` with 8-bit logits; calls with key lengths, or that ask for a vote, stay in 16 bits.
 
-    A vote compares logits with a threshold, and its margin for the rounding of 8 bits is not measured yet.
+    A vote compares logits with a threshold, and its margin for the rounding of 8 bits is not measured yet; the mean of
+    the keys would have to leave out what lies past a length.
     """
-    if kv_lengths is not None or want_mass or vote_threshold is not None:
+    if kv_lengths is not None or vote_threshold is not None:
         return attend(
             query,
             key,
@@ -79,10 +74,19 @@ def attend_int8(
             want_mass=want_mass,
         )
     pair = quantize_pair(query, key, mask.block_size[1])
-    out, lse, _, _ = _launch(pair.query, pair.key, value, mask, scale, None, want_lse, pair)
-    if lse is not None:
-        lse = lse + scale * pair.shift
-    return out, lse, None, None
+    shift = scale * pair.shift  # what the kernel's logits lack
+    out, lse, _, mass = _launch(
+        pair.query,
+        pair.key,
+        value,
+        mask,
+        scale=scale,
+        lse_prev=None if lse_prev is None else lse_prev - shift,
+        want_lse=want_lse,
+        want_mass=want_mass,
+        pair=pair,
+    )
+    return out, None if lse is None else lse + shift, None, mass
 
 
 def _launch(
@@ -90,27 +94,39 @@ def _launch(
     key: Tensor,
     value: Tensor,
     mask: BlockMask,
+    *,
     scale: float,
-    vote_threshold: float | None,
-    want_lse: bool,
+    kv_lengths: Tensor | None = None,
+    vote_threshold: float | None = None,
+    lse_prev: Tensor | None = None,
+    want_lse: bool = False,
+    want_mass: bool = False,
     pair: QuantizedPair | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     batch, seq_q, heads, head_dim = query.shape
     (mq, nk), device = mask.num_blocks, query.device
     out = torch.empty(query.shape, dtype=value.dtype, device=device)
     lse = torch.empty(batch, heads, seq_q, device=device) if want_lse else None
-    vote = None
+    vote = mass = None
     if vote_threshold is not None:
         vote = torch.zeros(batch, heads, mq, nk, device=device, dtype=torch.bool)
+    if want_mass:
+        mass = torch.zeros(batch, heads, mq, nk, device=device)
     num_rows = batch * heads * mq
     if num_rows == 0:
-        return out, lse, vote, None
-    counts, order = block_lists.order(mask.kv_num_blocks, batch, heads)
+        return out, lse, vote, mass
+    counts = mask.kv_num_blocks
+    if kv_lengths is not None:
+        counts = block_lists.visible_counts(
+            counts, mask.kv_indices, kv_lengths, mask.block_size[1], batch, heads
+        )
+    counts, order, draw = block_lists.order(counts, batch, heads)
     lists = mask.kv_indices.contiguous().expand(batch, heads, mq, nk)
     block_n, block_d = mask.block_size[1], 64 if head_dim == 64 else 128
     ring, alias = hopper_ring(block_n, block_d, pair is not None)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    block_sparse_fwd_sm90[(min(processors, num_rows),)](
+    programs = min(torch.cuda.get_device_properties(device).multi_processor_count, num_rows)
+    space = torch.empty(programs, nk + 1, 128, device=device) if want_mass else out
+    block_sparse_fwd_sm90[(programs,)](
         # inputs and output
         _descriptor(query, 64, block_d),
         _descriptor(key, block_n, block_d),
@@ -119,10 +135,15 @@ def _launch(
         # by-products; a pointer that its flag switches off still has to be a tensor
         out if lse is None else lse,
         counts if vote is None else vote.view(torch.uint8),
+        out if mass is None else mass,
+        out if lse_prev is None else lse_prev.contiguous(),
+        space,
         # mask
         counts,
         lists,
+        counts if kv_lengths is None else kv_lengths,
         order,
+        draw,
         counts if pair is None else pair.query_scale,
         counts if pair is None else pair.key_scale,
         *lists.stride()[:2],
@@ -140,14 +161,17 @@ def _launch(
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         ALIAS=alias,
+        HAS_LENGTHS=kv_lengths is not None,
         WITH_LSE=lse is not None,
         WITH_VOTE=vote is not None,
+        WITH_MASS=want_mass,
+        HAS_LSE_PREV=want_mass and lse_prev is not None,
         INT8=pair is not None,
         num_warps=4,
         # 3 x 128 + 32 threads share 64k registers at the start; the consumers then take 240 each
         maxnreg=168,
     )
-    return out, lse, vote, None
+    return out, lse, vote, mass
 
 
 def _descriptor(x: Tensor, rows: int, block_d: int) -> TensorDescriptor:

@@ -2,12 +2,16 @@
 
 One producer warp follows the lists with TMA; two consumer warpgroups of 64 query rows each take turns on the tensor
 cores, so that one's softmax hides under the other's products (FlashAttention-3, arXiv 2407.08608).  The grid is
-persistent and walks query blocks in the order it is given.
+persistent: a program that finishes a query block draws the next one in the order it is given, and its producer hands
+the draw to the consumers.  Who computes a row does not change its bits.
 
 Stage j of the one ring holds K[j] and V[j-1], which the same turn reads (S_j = Q K_j^T beside O += P_{j-1} V_{j-1})
 and frees together: one wait and one arrival a tile.  The wait for stage j+1 stands between the exponentials and the
 wait for PV for a second reason: it ends a basic block there, without which ptxas sinks the exponentials past the wait
 and nothing overlaps PV.  `tests/kernels/test_aot.py` reads the machine code to keep it so.
+
+With `WITH_MASS` every row of every tile leaves the logarithm of its sum in a workspace that belongs to the program, and
+the finished row of blocks turns them into mass: `exp(log sum - log-sum-exp)`, summed over rows in a fixed order.
 
 With `INT8` the logits come from 8-bit queries (a scale a row) and keys (a scale a block), as in SageAttention
 (arXiv 2411.10958).  Converting integers to floats would share a pipe with the exponentials, so the accumulator starts
@@ -24,50 +28,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-LOG2E = gl.constexpr(1.4426950408889634)  # exp(x) == exp2(x * LOG2E)
-LN2 = gl.constexpr(0.6931471805599453)
+from sparsediff.kernels._hopper import (
+    LN2,
+    LOG2E,
+    assembly,
+    clear_past,
+    draw,
+    hand_over,
+    log2,
+    pass_turn,
+    store_mass,
+    store_vote,
+    take_over,
+    take_turn,
+)
+
 MAGIC_BITS = gl.constexpr(0x4B400000)
 MAGIC = gl.constexpr(12582912.0)  # 1.5 * 2**23
-
-
-@gluon.jit
-def _assembly(code: gl.constexpr):
-    gl.inline_asm_elementwise(code, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _take_turn(GROUP: gl.constexpr):
-    """Wait until the other warpgroup has issued its products.  Barriers 0-8 are Triton's own."""
-    if GROUP == 0:
-        _assembly("bar.sync 9, 256; mov.u32 $0, 0;")
-    else:
-        _assembly("bar.sync 10, 256; mov.u32 $0, 0;")
-
-
-@gluon.jit
-def _pass_turn(GROUP: gl.constexpr):
-    if GROUP == 0:
-        _assembly("bar.arrive 10, 256; mov.u32 $0, 0;")
-    else:
-        _assembly("bar.arrive 9, 256; mov.u32 $0, 0;")
-
-
-@gluon.jit
-def _vote(b_gap, b_address):
-    """Store 1 at the address if any of the warp's 16 rows has a positive gap: one vote, one predicated store."""
-    gl.inline_asm_elementwise(
-        """{ .reg .pred p, q; .reg .b32 t;
-        setp.gt.f32 p, $2, 0f00000000; setp.gt.f32 q, $3, 0f00000000; or.pred p, p, q;
-        vote.sync.any.pred p, p, 0xffffffff;
-        mov.u32 t, %laneid; setp.eq.and.u32 q, t, 0, p;
-        mov.u32 t, 1; @q st.global.u8 [$4], t;
-        mov.b32 $0, 0; mov.b32 $1, 0; }""",
-        "=r,=r,f,f,l,l",
-        [b_gap, b_address],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=2,
-    )
 
 
 @gluon.jit
@@ -90,17 +67,10 @@ def _scores(
 
 
 @gluon.jit
-def _row(t, order_ptr, kv_num_blocks_ptr, num_heads, q_blocks):
-    """Query block number `t` of the walk: its row of the lists, batch, head, place and count of blocks."""
-    i_row = gl.load(order_ptr + t)
+def _place(i_row, num_heads, q_blocks):
+    """Batch, head and place of a row of the lists."""
     i_bh = i_row // q_blocks
-    return (
-        i_row,
-        i_bh // num_heads,
-        i_bh % num_heads,
-        i_row % q_blocks,
-        gl.load(kv_num_blocks_ptr + i_row),
-    )
+    return i_bh // num_heads, i_bh % num_heads, i_row % q_blocks
 
 
 @gluon.jit
@@ -125,9 +95,13 @@ def _producer(
     q_empty,
     full,
     empty,
+    work,
+    work_full,
+    work_empty,
     kv_num_blocks_ptr,
     kv_indices_ptr,
     order_ptr,
+    draw_ptr,
     stride_ib,
     stride_ih,
     num_heads,
@@ -140,9 +114,12 @@ def _producer(
     K_BYTES: gl.constexpr = k_desc.block_type.nbytes
     V_BYTES: gl.constexpr = v_desc.block_type.nbytes
     turn = 0
-    q_phase = 1
-    for t in range(gl.program_id(0), num_rows, gl.num_programs(0)):
-        _, i_b, i_h, i_m, count = _row(t, order_ptr, kv_num_blocks_ptr, num_heads, q_blocks)
+    rows = 0
+    item = draw(gl.program_id(0), order_ptr, kv_num_blocks_ptr, num_rows)
+    while item >= 0:
+        hand_over(item, work, work_full, work_empty, rows & 1, (rows >> 1) & 1)
+        count = (item >> 32).to(gl.int32)
+        i_b, i_h, i_m = _place(item.to(gl.int32), num_heads, q_blocks)
         p_list = _list(kv_indices_ptr, i_b, i_h, i_m, stride_ib, stride_ih, kv_blocks)
         # An empty row runs one masked tile; what its list names is arbitrary.
         current = gl.where(count > 0, gl.load(p_list + gl.maximum(count - 1, 0)), 0)
@@ -154,13 +131,15 @@ def _producer(
             k_desc, [i_b, i_h, current * BLOCK_N, 0], full.index(stage), k_bufs.index(stage)
         )
         for w in gl.static_range(2):
-            mbarrier.wait(q_empty.index(w), q_phase)
+            mbarrier.wait(q_empty.index(w), (rows & 1) ^ 1)
             mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(
                 q_desc, [i_b, i_h, i_m * 128 + w * 64, 0], q_full.index(w), q_bufs.index(w)
             )
-        q_phase ^= 1
         turn += 1
+        # The consumers have a tile to work on while the next draw is on its way.
+        t = gl.num_programs(0) + gl.atomic_add(draw_ptr, 1)
+        item = draw(t, order_ptr, kv_num_blocks_ptr, num_rows)
         for j in range(1, count):
             after = gl.load(p_list + gl.maximum(count - 2 - j, 0))
             stage = turn % RING
@@ -182,6 +161,8 @@ def _producer(
             v_desc, [i_b, i_h, current * BLOCK_N, 0], full.index(stage), v_bufs.index(stage)
         )
         turn += 1
+        rows += 1
+    hand_over(item, work, work_full, work_empty, rows & 1, (rows >> 1) & 1)
 
 
 @gluon.jit
@@ -195,11 +176,16 @@ def _consumer(
     q_empty,
     full,
     empty,
+    work,
+    work_full,
+    work_empty,
     lse_ptr,
     vote_ptr,
-    kv_num_blocks_ptr,
+    mass_ptr,
+    lse_prev_ptr,
+    space_ptr,
     kv_indices_ptr,
-    order_ptr,
+    kv_lengths_ptr,
     q_scale_ptr,
     k_scale_ptr,
     stride_ib,
@@ -211,13 +197,15 @@ def _consumer(
     seq_k,
     q_blocks,
     kv_blocks,
-    num_rows,
     RING: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     ALIAS: gl.constexpr,
+    HAS_LENGTHS: gl.constexpr,
     WITH_LSE: gl.constexpr,
     WITH_VOTE: gl.constexpr,
+    WITH_MASS: gl.constexpr,
+    HAS_LSE_PREV: gl.constexpr,
     INT8: gl.constexpr,
     GROUP: gl.constexpr,
 ):
@@ -230,17 +218,25 @@ def _consumer(
     ROW_S: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     turn = 0
-    q_phase = 0
+    rows = 0
     q_smem = q_bufs.index(GROUP).reshape([64, BLOCK_D])
     out_smem = out_bufs.index(GROUP)
     qk_scale = scale * LOG2E
     if GROUP == 1:
-        _assembly("bar.arrive 9, 256; mov.u32 $0, 0;")
-    for t in range(gl.program_id(0), num_rows, gl.num_programs(0)):
-        i_row, i_b, i_h, i_m, count = _row(t, order_ptr, kv_num_blocks_ptr, num_heads, q_blocks)
+        assembly("bar.arrive 9, 256; mov.u32 $0, 0;")
+    if WITH_MASS:
+        p_space = space_ptr + gl.program_id(0).to(gl.int64) * (kv_blocks + 1) * 128
+    item = take_over(work, work_full, work_empty, 0, 0)
+    while item >= 0:
+        count = (item >> 32).to(gl.int32)
+        i_row = item.to(gl.int32)
+        i_b, i_h, i_m = _place(i_row, num_heads, q_blocks)
         p_list = _list(kv_indices_ptr, i_b, i_h, i_m, stride_ib, stride_ih, kv_blocks)
         current = gl.where(count > 0, gl.load(p_list + gl.maximum(count - 1, 0)), 0)
-        length = gl.where(count > 0, seq_k, 0)
+        length = seq_k
+        if HAS_LENGTHS:
+            length = gl.minimum(gl.load(kv_lengths_ptr + i_b), seq_k)
+        length = gl.where(count > 0, length, 0)
         o_m = i_m * 128 + GROUP * 64 + gl.arange(0, 64, layout=ROW_S)
         b_m = gl.full([64], float("-inf"), gl.float32, ROW_S)
         b_l = gl.zeros([64], gl.float32, ROW_S)
@@ -257,11 +253,11 @@ def _consumer(
             following = gl.where(count > 1, gl.load(p_list + gl.maximum(count - 2, 0)), 0)
 
         # The first tile, the only one that can be ragged
-        mbarrier.wait(q_full.index(GROUP), q_phase)
+        mbarrier.wait(q_full.index(GROUP), rows & 1)
         mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
-        _take_turn(GROUP)
+        take_turn(GROUP)
         b_s = _scores(q_smem, k_bufs.index(turn % RING), BLOCK_N, BLOCK_D, INT8, S_LAYOUT)
-        _pass_turn(GROUP)
+        pass_turn(GROUP)
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
         mbarrier.arrive(empty.index(turn % RING), count=1)
         b_scale = qk_scale
@@ -287,20 +283,25 @@ def _consumer(
             b_shift = gl.where(b_m == float("-inf"), 0.0, b_m)
             b_p = gl.exp2(b_s * qk_scale - b_shift[:, None])
         b_l = gl.sum(b_p, 1)
+        if WITH_MASS:
+            p_left = p_space + GROUP * 64 + gl.arange(0, 64, layout=ROW_S)
+            gl.store(p_left, b_m + log2(b_l))
         if INT8:
             k_scale = gl.load(p_k_scale + following)
         turn += 1
         mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
+        if HAS_LENGTHS and current * BLOCK_N + BLOCK_N > length:
+            clear_past(v_bufs.index(turn % RING), length - current * BLOCK_N, BLOCK_N, BLOCK_D)
         b_pd = gl.convert_layout(b_p.to(DTYPE), P_LAYOUT)
 
         for j in range(1, count):
             stage = turn % RING
-            _take_turn(GROUP)
+            take_turn(GROUP)
             b_s = _scores(q_smem, k_bufs.index(stage), BLOCK_N, BLOCK_D, INT8, S_LAYOUT)
             b_o = warpgroup_mma(
                 b_pd, v_bufs.index(stage).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
             )
-            _pass_turn(GROUP)
+            pass_turn(GROUP)
             b_s = warpgroup_mma_wait(1, deps=(b_s,))
             if INT8:
                 b_s = b_s.to(gl.float32, bitcast=True)
@@ -309,7 +310,7 @@ def _consumer(
             else:
                 b_top = gl.max(b_s, 1) * qk_scale
             if WITH_VOTE:
-                _vote(b_top - (b_m + b_threshold), p_vote + following)
+                store_vote(b_top - (b_m + b_threshold), p_vote + following)
             if WITH_VOTE or INT8:
                 following = gl.load(p_list + gl.maximum(count - 2 - j, 0))
             b_m_new = gl.maximum(b_m, b_top)
@@ -319,8 +320,12 @@ def _consumer(
             else:
                 b_p = gl.exp2(b_s * qk_scale - b_m_new[:, None])
             b_alpha = gl.exp2(b_m - b_m_new)
-            b_l = b_l * b_alpha + gl.sum(b_p, 1)
+            b_sum = gl.sum(b_p, 1)
+            b_l = b_l * b_alpha + b_sum
             b_m = b_m_new
+            if WITH_MASS:
+                p_left += 128
+                gl.store(p_left, b_m + log2(b_sum))
             turn += 1
             mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
             b_o = warpgroup_mma_wait(0, deps=(b_o,))
@@ -336,7 +341,7 @@ def _consumer(
         b_o = warpgroup_mma_wait(0, deps=(b_o,))
         mbarrier.arrive(empty.index(turn % RING), count=1)
         turn += 1
-        q_phase ^= 1
+        rows += 1
 
         if WITH_LSE:
             p_lse = lse_ptr + (i_row // q_blocks).to(gl.int64) * seq_q + o_m
@@ -351,6 +356,17 @@ def _consumer(
             # The output leaves through Q's buffer: the next Q may only land once it has been read.
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(GROUP), count=1)
+        if WITH_MASS:
+            if HAS_LSE_PREV:
+                p_lse_prev = lse_prev_ptr + (i_row // q_blocks).to(gl.int64) * seq_q + o_m
+                b_norm = gl.load(p_lse_prev, mask=o_m < seq_q, other=float("-inf")) * LOG2E
+            else:
+                b_norm = gl.where(o_m < seq_q, b_m + log2(b_l), float("-inf"))
+            # A row without softmax contributes nothing: exp2(x - inf) is 0.
+            b_norm = gl.where(b_norm == float("-inf"), float("inf"), b_norm)
+            gl.store(p_left + 128, b_norm)
+            store_mass(p_space, mass_ptr + i_row.to(gl.int64) * kv_blocks, p_list, count, GROUP)
+        item = take_over(work, work_full, work_empty, rows & 1, (rows >> 1) & 1)
     tma.store_wait(0)
 
 
@@ -376,9 +392,14 @@ def block_sparse_fwd_sm90(
     out_desc,
     lse_ptr,
     vote_ptr,
+    mass_ptr,
+    lse_prev_ptr,
+    space_ptr,
     kv_num_blocks_ptr,
     kv_indices_ptr,
+    kv_lengths_ptr,
     order_ptr,
+    draw_ptr,
     q_scale_ptr,
     k_scale_ptr,
     stride_ib,
@@ -395,16 +416,21 @@ def block_sparse_fwd_sm90(
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     ALIAS: gl.constexpr,
+    HAS_LENGTHS: gl.constexpr,
     WITH_LSE: gl.constexpr,
     WITH_VOTE: gl.constexpr,
+    WITH_MASS: gl.constexpr,
+    HAS_LSE_PREV: gl.constexpr,
     INT8: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """Attention of query blocks of 128 rows over key blocks of `BLOCK_N`.
 
     Descriptors are over `[B, H, S, D]` views: `[1, 1, 64, BLOCK_D]` boxes of queries and output, `[1, 1, BLOCK_N,
-    BLOCK_D]` of keys and values.  `kv_num_blocks_ptr` and `order_ptr` are `int32 [B * H * Mq]`; `vote_ptr` `uint8
-    [B, H, Mq, Nk]` starts as zeros.  `ALIAS`: the output shares Q's buffers, which makes room for a third stage.
+    BLOCK_D]` of keys and values.  `kv_num_blocks_ptr` and `order_ptr` are `int32 [B * H * Mq]`, counts of blocks that
+    begin before the key length; `draw_ptr` `int32 [1]`, `vote_ptr` `uint8 [B, H, Mq, Nk]` and `mass_ptr` `float32
+    [B, H, Mq, Nk]` start as zeros; `space_ptr` is `float32 [programs, Nk + 1, 128]`.
+    `ALIAS`: the output shares Q's buffers, which makes room for a third stage.
     With `INT8`, `q_scale_ptr` is `float32 [B, H, Sq]` and `k_scale_ptr` `float32 [B, H, Nk]`.
     """
     q_bufs = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, BLOCK_D], q_desc.layout)
@@ -421,9 +447,14 @@ def block_sparse_fwd_sm90(
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [RING, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [RING, 1], BARRIER)
+    work = gl.allocate_shared_memory(gl.int64, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    work_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    work_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     for i in gl.static_range(2):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
+        mbarrier.init(work_full.index(i), count=1)
+        mbarrier.init(work_empty.index(i), count=2)
     for i in gl.static_range(RING):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
@@ -432,29 +463,29 @@ def block_sparse_fwd_sm90(
             (
                 _consumer,
                 (
-                    out_desc, q_bufs, k_bufs, v_bufs, out_bufs, q_full, q_empty, full, empty, lse_ptr, vote_ptr,
-                    kv_num_blocks_ptr, kv_indices_ptr, order_ptr, q_scale_ptr, k_scale_ptr, stride_ib, stride_ih, scale,
-                    vote_threshold,
-                    num_heads, seq_q, seq_k, q_blocks, kv_blocks, num_rows, RING, BLOCK_N, BLOCK_D, ALIAS,
-                    WITH_LSE, WITH_VOTE, INT8, 0,
+                    out_desc, q_bufs, k_bufs, v_bufs, out_bufs, q_full, q_empty, full, empty, work, work_full,
+                    work_empty, lse_ptr, vote_ptr, mass_ptr, lse_prev_ptr, space_ptr, kv_indices_ptr, kv_lengths_ptr,
+                    q_scale_ptr, k_scale_ptr, stride_ib, stride_ih, scale, vote_threshold, num_heads, seq_q, seq_k,
+                    q_blocks, kv_blocks, RING, BLOCK_N, BLOCK_D, ALIAS, HAS_LENGTHS, WITH_LSE, WITH_VOTE, WITH_MASS,
+                    HAS_LSE_PREV, INT8, 0,
                 ),
             ),
             (
                 _consumer,
                 (
-                    out_desc, q_bufs, k_bufs, v_bufs, out_bufs, q_full, q_empty, full, empty, lse_ptr, vote_ptr,
-                    kv_num_blocks_ptr, kv_indices_ptr, order_ptr, q_scale_ptr, k_scale_ptr, stride_ib, stride_ih, scale,
-                    vote_threshold,
-                    num_heads, seq_q, seq_k, q_blocks, kv_blocks, num_rows, RING, BLOCK_N, BLOCK_D, ALIAS,
-                    WITH_LSE, WITH_VOTE, INT8, 1,
+                    out_desc, q_bufs, k_bufs, v_bufs, out_bufs, q_full, q_empty, full, empty, work, work_full,
+                    work_empty, lse_ptr, vote_ptr, mass_ptr, lse_prev_ptr, space_ptr, kv_indices_ptr, kv_lengths_ptr,
+                    q_scale_ptr, k_scale_ptr, stride_ib, stride_ih, scale, vote_threshold, num_heads, seq_q, seq_k,
+                    q_blocks, kv_blocks, RING, BLOCK_N, BLOCK_D, ALIAS, HAS_LENGTHS, WITH_LSE, WITH_VOTE, WITH_MASS,
+                    HAS_LSE_PREV, INT8, 1,
                 ),
             ),
             (
                 _producer,
                 (
-                    q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, q_empty, full, empty,
-                    kv_num_blocks_ptr, kv_indices_ptr, order_ptr, stride_ib, stride_ih, num_heads, q_blocks,
-                    kv_blocks, num_rows, RING, BLOCK_N,
+                    q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, q_empty, full, empty, work, work_full,
+                    work_empty, kv_num_blocks_ptr, kv_indices_ptr, order_ptr, draw_ptr, stride_ib, stride_ih,
+                    num_heads, q_blocks, kv_blocks, num_rows, RING, BLOCK_N,
                 ),
             ),
         ],

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from sparsediff.kernels._block_sparse_fwd import block_sparse_fwd
 from sparsediff.kernels._token_order_fwd import gather_rows
 from sparsediff.kernels.token_order import TILE_BYTES
-from sparsediff.kernels.tuning import Tile, get_tile, hopper_ring
+from sparsediff.kernels.tuning import Tile, get_tile, hopper_mass_ring, hopper_ring
 
 ARCHITECTURES = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
 _DTYPES = {"bf16": 16, "fp16": 16, "fp32": 32}
@@ -131,52 +131,99 @@ def compile_kernel(
 
 
 def hopper_attention(
-    dtype: str, head_dim: int, block_n: int, *, byproducts: bool, int8: bool = False
+    dtype: str,
+    head_dim: int,
+    block_n: int,
+    *,
+    byproducts: bool,
+    lengths: bool = False,
+    int8: bool = False,
 ) -> Compiled:
-    """Compile the Hopper kernel for key blocks of `block_n`; `byproducts` turns on LSE and vote."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    from sparsediff.kernels._block_sparse_sm90 import block_sparse_fwd_sm90 as kernel
+    """Compile the Hopper kernel for key blocks of `block_n`; `byproducts` turns on LSE, vote and mass."""
+    from sparsediff.kernels._block_sparse_sm90 import block_sparse_fwd_sm90
 
     block_d = 64 if head_dim == 64 else 128
     ring, alias = hopper_ring(block_n, block_d, int8)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    byte_layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=4)
     constants = {
         "RING": ring,
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
         "ALIAS": alias,
+        "HAS_LENGTHS": lengths,
         "WITH_LSE": byproducts,
         "WITH_VOTE": byproducts,
+        "WITH_MASS": byproducts,
+        "HAS_LSE_PREV": False,
         "INT8": int8,
-        "num_warps": 4,
     }
-    rows = {"q_desc": 64, "k_desc": block_n, "v_desc": block_n, "out_desc": 64}
+    logits = "i8" if int8 else dtype
+    boxes = {
+        "q_desc": (logits, 64, block_d),
+        "k_desc": (logits, block_n, block_d),
+        "v_desc": (dtype, block_n, block_d),
+        "out_desc": (dtype, 64, block_d),
+    }
+    flags = [
+        k for k, on in (("int8", int8), ("byproducts", byproducts), ("lengths", lengths)) if on
+    ]
+    name = " ".join(["hopper", dtype, f"D{head_dim}", f"128x{block_n}", f"ring {ring}", *flags])
+    return _compile_gluon(name, block_sparse_fwd_sm90, boxes, constants, maxnreg=168)
+
+
+def hopper_mass(
+    dtype: str, head_dim: int, block_size: tuple[int, int], *, own_lse: bool
+) -> Compiled:
+    """Compile the Hopper kernel for exact block mass."""
+    from sparsediff.kernels._block_mass_sm90 import block_mass_sm90
+
+    block_d = 64 if head_dim == 64 else 128
+    constants = {
+        "RING": hopper_mass_ring(block_d),
+        "BLOCK_D": block_d,
+        "Q_BLOCK": block_size[0],
+        "KV_BLOCK": block_size[1],
+        "OWN_LSE": own_lse,
+    }
+    boxes = {"q_desc": (dtype, 64, block_d), "k_desc": (dtype, 128, block_d)}
+    name = (
+        f"mass {dtype} D{head_dim} {block_size[0]}x{block_size[1]}{' own lse' if own_lse else ''}"
+    )
+    return _compile_gluon(name, block_mass_sm90, boxes, constants, maxnreg=96)
+
+
+def _compile_gluon(
+    name: str, kernel, boxes: dict[str, tuple[str, int, int]], constants: dict, maxnreg: int
+) -> Compiled:
+    """Compile a Hopper kernel; `boxes` are dtype, rows and head size of each descriptor's box."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    layouts = {
+        bits: gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=4)
+        for bits in (8, 16)
+    }
     signature = {
-        **{n: f"tensordesc<{dtype}[1, 1, {r}, {block_d}],{layout!r}>" for n, r in rows.items()},
         **{
-            n: f"tensordesc<i8[1, 1, {rows[n]}, {block_d}],{byte_layout!r}>"
-            for n in (("q_desc", "k_desc") if int8 else ())
+            n: f"tensordesc<{dtype}[1, 1, {rows}, {width}],{layouts[8 if dtype == 'i8' else 16]!r}>"
+            for n, (dtype, rows, width) in boxes.items()
         },
-        **dict.fromkeys(("kv_num_blocks_ptr", "kv_indices_ptr", "order_ptr"), "*i32"),
-        **dict.fromkeys(("lse_ptr", "q_scale_ptr", "k_scale_ptr"), "*fp32"),
+        **dict.fromkeys(("kv_num_blocks_ptr", "kv_indices_ptr", "kv_lengths_ptr"), "*i32"),
+        **dict.fromkeys(("order_ptr", "draw_ptr"), "*i32"),
+        **dict.fromkeys(("lse_ptr", "lse_prev_ptr", "mass_ptr", "space_ptr"), "*fp32"),
+        **dict.fromkeys(("q_scale_ptr", "k_scale_ptr"), "*fp32"),
         "vote_ptr": "*u8",
         "scale": "fp32",
         "vote_threshold": "fp32",
     }
     names = kernel.arg_names
-    constants = {n: value for n, value in constants.items() if n in names}
+    constants = {n: value for n, value in {**constants, "num_warps": 4}.items() if n in names}
     source = GluonASTSource(
         fn=kernel,
         signature={n: "constexpr" if n in constants else signature.get(n, "i32") for n in names},
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in names if n.endswith("_ptr")},
     )
-    flags = f"{' int8' if int8 else ''}{' byproducts' if byproducts else ''}"
-    name = f"hopper {dtype} D{head_dim} 128x{block_n} ring {ring}{flags}"
-    return _compile(name, "sm90", source, {"num_warps": 4, "maxnreg": 168})
+    return _compile(name, "sm90", source, {"num_warps": 4, "maxnreg": maxnreg})
 
 
 def _compile(name: str, arch: str, source: ASTSource, options: dict) -> Compiled:
@@ -240,7 +287,10 @@ def every_kernel(arch: str) -> Iterator[Compiled]:
     if arch == "sm90":
         for head_dim, block_n, byproducts in product((64, 128), (128, 64), (False, True)):
             yield hopper_attention("bf16", head_dim, block_n, byproducts=byproducts)
+        yield hopper_attention("bf16", 128, 128, byproducts=True, lengths=True)
         yield hopper_attention("bf16", 128, 128, byproducts=False, int8=True)
+        for head_dim, block, own_lse in product((64, 128), (64, 128), (False, True)):
+            yield hopper_mass("bf16", head_dim, (block, block), own_lse=own_lse)
 
 
 def few_kernels(arch: str) -> Iterator[Compiled]:
@@ -252,6 +302,7 @@ def few_kernels(arch: str) -> Iterator[Compiled]:
         yield hopper_attention("bf16", 128, 128, byproducts=False)
         yield hopper_attention("bf16", 64, 128, byproducts=True)
         yield hopper_attention("bf16", 128, 128, byproducts=True, int8=True)
+        yield hopper_mass("bf16", 128, (128, 128), own_lse=True)
 
 
 def main() -> None:

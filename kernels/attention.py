@@ -225,9 +225,7 @@ def _select(
             )
         if why_not := _why_not_gluon(device, dtype, head_dim, block_size):
             return BackendChoice("triton", f"portable Triton kernel (the Hopper kernel {why_not})")
-        return BackendChoice(
-            "gluon", "Hopper kernel; calls with kv_lengths or mass take the portable one"
-        )
+        return BackendChoice("gluon", "Hopper kernel")
     if backend not in _BACKENDS:
         raise ValueError(
             f"unknown backend {backend!r}; use 'auto' or one of {', '.join(_BACKENDS)}"

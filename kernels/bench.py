@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from sparsediff.kernels import bench_checks as checks
+from sparsediff.kernels import bench_mass as mass
 from sparsediff.kernels import bench_times as times
 from sparsediff.kernels.bench_inputs import SHAPES
 
@@ -32,6 +33,7 @@ GROUPS = (
         checks.check_triton_more: 110,
         checks.check_int8: 90,
         checks.check_lists: 60,
+        mass.check_mass: 60,
     },
     {times.time_dense: 45},
     {times.time_gluon: 60},
@@ -39,6 +41,7 @@ GROUPS = (
     {times.time_triton: 45},
     {times.time_int8: 30},
     {times.time_lists: 40},
+    {mass.time_mass: 40},
     {times.time_tiles: 45},
     {checks.check_compile: 60},
 )

@@ -143,17 +143,18 @@ def time_tiles() -> Iterator[dict]:
 def time_byproducts() -> Iterator[dict]:
     """What log-sum-exp, vote and mass cost, and the time the host needs for a call."""
     shape = "wan75"
-    lse = torch.full((SHAPES[shape][0], SHAPES[shape][1], SHAPES[shape][2]), 6.0, device=DEVICE)
+    batch, heads, seq, _ = SHAPES[shape]
+    lse = torch.full((batch, heads, seq), 6.0, device=DEVICE)
+    lengths = torch.full((batch,), seq, device=DEVICE, dtype=torch.int32)
     for backend in ("gluon", "triton"):
         yield time_attention(backend, shape, 0.2)
         yield time_attention(backend, shape, 0.2, return_lse=True, label=" + lse")
         yield time_attention(backend, shape, 0.2, vote_threshold=-10.0, label=" + vote")
-    yield time_attention(
-        "triton", shape, 0.2, return_mass=True, lse_prev=lse, label=" + mass (lse_prev)"
-    )
-    yield time_attention(
-        "triton", shape, 0.2, return_mass=True, label=" + mass (own lse, two passes)"
-    )
+        yield time_attention(
+            backend, shape, 0.2, return_mass=True, lse_prev=lse, label=" + mass (lse_prev)"
+        )
+        yield time_attention(backend, shape, 0.2, return_mass=True, label=" + mass (own lse)")
+        yield time_attention(backend, shape, 0.2, kv_lengths=lengths, label=" + key lengths")
     small = (1, 2, 256, 128)
     q, k, v = make_inputs(small)
     mask = make_mask(small, (128, 128), 0.5)
@@ -183,15 +184,10 @@ def time_lists() -> Iterator[dict]:
         budget = max(1, round(0.2 * rows))
         scores = block_scores.pooled_scores(q, k, (128, 128))
         keep = scores > scores.mean()
-        lse = torch.full((batch, heads, seq), 12.0, device=DEVICE)
         mask = make_mask(size, (128, 128), 0.2)
         steps = {
             "pool query and key": partial(pool_both, q, k),
             "pooled scores": partial(block_scores.pooled_scores, q, k, (128, 128)),
-            "exact block mass, two passes": partial(block_scores.block_mass, q, k, (128, 128)),
-            "exact block mass, lse given": partial(
-                block_scores.block_mass, q, k, (128, 128), lse=lse
-            ),
             "top-k lists": partial(block_lists.lists_from_top_k, scores, budget),
             "dense to lists": partial(block_lists.lists_from_dense, keep),
             "dense to lists, stable argsort": partial(block_lists.dense_reference, keep),

@@ -129,10 +129,65 @@ def select(scores: Tensor, k: Tensor, forced: Tensor | None) -> tuple[Tensor, Te
     return counts, indices
 
 
-def order(kv_num_blocks: Tensor, batch: int, heads: int) -> tuple[Tensor, Tensor]:
-    """Heaviest rows first within each head, heads in order: `(counts, order)`, both `int32 [B * H * Mq]`.
+def visible_counts(
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    kv_lengths: Tensor,
+    kv_block: int,
+    batch: int,
+    heads: int,
+) -> Tensor:
+    """Listed blocks that begin before each batch row's key length, `int32 [B, H, Mq]`; `kv_lengths` is `int32 [B]`."""
+    from sparsediff.kernels._block_lists_fwd import count_visible
 
-    Heads stay together for the cache's sake; inside one, heavy rows first keep a persistent grid level.
+    q_blocks, kv_blocks = kv_indices.shape[2:]
+    counts = kv_num_blocks.expand(batch, heads, q_blocks)
+    if counts.stride(2) != 1:
+        counts = counts.contiguous()
+    lists = kv_indices.contiguous().expand(batch, heads, q_blocks, kv_blocks)
+    visible = torch.empty(batch, heads, q_blocks, dtype=torch.int32, device=counts.device)
+    if visible.numel():
+        count_visible[(batch * heads, -(-q_blocks // 128))](
+            counts,
+            lists,
+            kv_lengths.contiguous(),
+            visible,
+            *counts.stride()[:2],
+            *lists.stride()[:2],
+            heads,
+            q_blocks,
+            kv_blocks,
+            kv_blocks.bit_length(),
+            kv_block,
+            ROWS=128,
+            num_warps=4,
+        )
+    return visible
+
+
+def visible_counts_reference(
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    kv_lengths: Tensor,
+    kv_block: int,
+    batch: int,
+    heads: int,
+) -> Tensor:
+    """`visible_counts` by looking at every entry."""
+    listed = torch.arange(kv_indices.shape[-1], device=kv_indices.device) < kv_num_blocks[..., None]
+    starts = kv_indices.long() * kv_block
+    inside = listed & (starts < kv_lengths[:, None, None, None])
+    return inside.sum(-1, dtype=torch.int32).expand(batch, heads, -1).contiguous()
+
+
+def order(kv_num_blocks: Tensor, batch: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Heaviest rows first within each head, heads in order: `(counts, order, draw)`.
+
+    Heads stay together for the cache's sake; inside one, heavy rows first leave a persistent grid little to wait for
+    at the end.
+
+    Returns:
+        `int32 [B * H * Mq]` twice, and the grid's counter of rows handed out, `int32 [1]`, at 0.
     """
     from sparsediff.kernels._block_lists_fwd import order_rows
 
@@ -144,11 +199,13 @@ def order(kv_num_blocks: Tensor, batch: int, heads: int) -> tuple[Tensor, Tensor
         torch.empty(batch * heads * q_blocks, dtype=torch.int32, device=counts.device)
         for _ in range(2)
     )
+    draw = torch.empty(1, dtype=torch.int32, device=counts.device)
     if flat.numel():
         order_rows[(batch * heads, -(-q_blocks // 32))](
             counts,
             flat,
             places,
+            draw,
             *counts.stride()[:2],
             heads,
             q_blocks,
@@ -156,16 +213,17 @@ def order(kv_num_blocks: Tensor, batch: int, heads: int) -> tuple[Tensor, Tensor
             OTHERS=128,
             num_warps=4,
         )
-    return flat, places
+    return flat, places, draw
 
 
-def order_reference(kv_num_blocks: Tensor, batch: int, heads: int) -> tuple[Tensor, Tensor]:
+def order_reference(kv_num_blocks: Tensor, batch: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """`order` by a stable sort."""
     q_blocks = kv_num_blocks.shape[2]
     counts = kv_num_blocks.expand(batch, heads, q_blocks).reshape(batch * heads, q_blocks)
     first = torch.arange(batch * heads, device=counts.device)[:, None] * q_blocks
     places = counts.argsort(dim=1, descending=True, stable=True) + first
-    return counts.reshape(-1), places.reshape(-1).to(torch.int32)
+    draw = torch.zeros(1, dtype=torch.int32, device=counts.device)
+    return counts.reshape(-1), places.reshape(-1).to(torch.int32), draw
 
 
 def _power_of_2(n: int) -> int:

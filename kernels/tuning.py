@@ -77,10 +77,34 @@ def hopper_ring(block_n: int, block_d: int, int8: bool = False) -> tuple[int, bo
     return (3, True) if block_n == 128 else (5, False)
 
 
+def hopper_mass_ring(block_d: int) -> int:
+    """Stages of the ring of keys in the Hopper kernel for block mass, beside 256 query rows."""
+    return 4 if block_d == 128 else 8
+
+
 def why_not_hopper(
     capability: tuple[int, int], bits: int, head_dim: int, block_size: tuple[int, int]
 ) -> str:
     """One line on what keeps the Hopper kernel from serving such a call, or ""."""
+    if why_not := _why_not_hopper_tensors(capability, bits, head_dim):
+        return why_not
+    if block_size not in ((128, 128), (128, 64)):
+        return f"serves blocks of (128, 128) and (128, 64) tokens, got {block_size}"
+    return ""
+
+
+def why_not_hopper_mass(
+    capability: tuple[int, int], bits: int, head_dim: int, block_size: tuple[int, int]
+) -> str:
+    """One line on what keeps the Hopper kernel for block mass from serving such a call, or ""."""
+    if why_not := _why_not_hopper_tensors(capability, bits, head_dim):
+        return why_not
+    if not set(block_size) <= {64, 128}:
+        return f"serves blocks with sides of 64 and 128 tokens, got {block_size}"
+    return ""
+
+
+def _why_not_hopper_tensors(capability: tuple[int, int], bits: int, head_dim: int) -> str:
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if capability[0] != 9:
         return f"needs compute capability 9.x, got {capability[0]}.{capability[1]}"
@@ -90,8 +114,6 @@ def why_not_hopper(
         return "serves fp16 and bf16"
     if head_dim not in (64, 96, 128):
         return f"serves head_dim 64, 96 and 128, got {head_dim}"
-    if block_size not in ((128, 128), (128, 64)):
-        return f"serves blocks of (128, 128) and (128, 64) tokens, got {block_size}"
     return ""
 
 

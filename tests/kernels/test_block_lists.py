@@ -91,8 +91,23 @@ def test_heaviest_rows_come_first_within_a_head(rows):
             block_lists.order(counts, batch, 2),
             block_lists.order_reference(counts, batch, 2),
         )
-        assert torch.equal(got[0], want[0])
-        assert torch.equal(got[1], want[1])
+        for x, y in zip(got, want, strict=True):
+            assert torch.equal(x, y)
+
+
+@interpreted
+@pytest.mark.parametrize("columns", [1, 2, 63, 64, 200])
+@pytest.mark.parametrize("shared", [False, True])
+def test_visible_counts_leave_out_blocks_past_the_length(columns, shared):
+    keep = random(2, 1 if shared else 3, 150, columns) > 0.4
+    counts, indices = block_lists.lists_from_dense(keep)
+    # What a list holds past its count is arbitrary.
+    indices[torch.arange(columns) >= counts[..., None]] = -(2**31)
+    for lengths in ([0, 1], [32, 33], [columns * 16, columns * 32], [columns * 32 - 1, 2**30]):
+        call = (counts, indices, torch.tensor(lengths, dtype=torch.int32), 32, 2, 3)
+        assert torch.equal(
+            block_lists.visible_counts(*call), block_lists.visible_counts_reference(*call)
+        )
 
 
 @interpreted

@@ -1,0 +1,145 @@
+"""Device helpers that the Hopper kernels share."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+LOG2E = gl.constexpr(1.4426950408889634)  # exp(x) == exp2(x * LOG2E)
+LN2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def assembly(code: gl.constexpr):
+    """Run PTX that takes and returns nothing; it must set `$0`."""
+    gl.inline_asm_elementwise(code, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def log2(x):
+    """Base-2 logarithm in one instruction; a denormal counts as 0, whose logarithm is -inf."""
+    return gl.inline_asm_elementwise(
+        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def sum_rows(
+    p_space,
+    o_c,
+    columns,
+    FIRST: gl.constexpr,
+    PART: gl.constexpr,
+    WIDTH: gl.constexpr,
+    LOGARITHMS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Sums over `PART` of the `WIDTH` entries that each of the columns `o_c` left in a workspace, from `FIRST` on.
+
+    With `LOGARITHMS` an entry is the base-2 logarithm of a row's sum, and what the rows are divided by follows the
+    last column in the same form.
+    """
+    o_w = FIRST + gl.arange(0, PART, layout=gl.SliceLayout(0, LAYOUT))
+    b_x = gl.load(
+        p_space + o_c[:, None] * WIDTH + o_w[None, :], mask=(o_c < columns)[:, None], other=0.0
+    )
+    if LOGARITHMS:
+        b_x = gl.exp2(b_x - gl.load(p_space + columns * WIDTH + o_w)[None, :])
+    return gl.sum(b_x, 1)
+
+
+@gluon.jit
+def take_turn(GROUP: gl.constexpr):
+    """Wait until the other warpgroup has issued its products.  Barriers 0-8 are Triton's own."""
+    if GROUP == 0:
+        assembly("bar.sync 9, 256; mov.u32 $0, 0;")
+    else:
+        assembly("bar.sync 10, 256; mov.u32 $0, 0;")
+
+
+@gluon.jit
+def pass_turn(GROUP: gl.constexpr):
+    if GROUP == 0:
+        assembly("bar.arrive 10, 256; mov.u32 $0, 0;")
+    else:
+        assembly("bar.arrive 9, 256; mov.u32 $0, 0;")
+
+
+@gluon.jit
+def store_vote(b_gap, b_address):
+    """Store 1 at the address if any of the warp's 16 rows has a positive gap: one vote, one predicated store."""
+    gl.inline_asm_elementwise(
+        """{ .reg .pred p, q; .reg .b32 t;
+        setp.gt.f32 p, $2, 0f00000000; setp.gt.f32 q, $3, 0f00000000; or.pred p, p, q;
+        vote.sync.any.pred p, p, 0xffffffff;
+        mov.u32 t, %laneid; setp.eq.and.u32 q, t, 0, p;
+        mov.u32 t, 1; @q st.global.u8 [$4], t;
+        mov.b32 $0, 0; mov.b32 $1, 0; }""",
+        "=r,=r,f,f,l,l",
+        [b_gap, b_address],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@gluon.jit
+def draw(t, order_ptr, kv_num_blocks_ptr, num_rows):
+    """Query block number `t` of the walk, as row of the lists and its count in one number; -1 past the end."""
+    item = gl.to_tensor(-1).to(gl.int64)
+    if t < num_rows:
+        i_row = gl.load(order_ptr + t)
+        item = i_row.to(gl.int64) | (gl.load(kv_num_blocks_ptr + i_row).to(gl.int64) << 32)
+    return item
+
+
+@gluon.jit
+def hand_over(item, work, work_full, work_empty, slot, phase):
+    """Producer: pass a draw to both consumers."""
+    mbarrier.wait(work_empty.index(slot), phase ^ 1)
+    work.index(slot).store(gl.full([1], item, gl.int64, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(work_full.index(slot), count=1)
+
+
+@gluon.jit
+def take_over(work, work_full, work_empty, slot, phase):
+    """Consumer: the producer's draw."""
+    mbarrier.wait(work_full.index(slot), phase)
+    item = gl.max(work.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    mbarrier.arrive(work_empty.index(slot), count=1)
+    return item
+
+
+@gluon.jit
+def store_mass(
+    p_space,
+    p_mass,
+    p_list,
+    count,
+    GROUP: gl.constexpr,
+):
+    """Mass of a finished row of blocks: the warpgroups take every other chunk of its list."""
+    CHUNK: gl.constexpr = 32
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+    assembly("bar.sync 11, 256; mov.u32 $0, 0;")
+    o_j = GROUP * CHUNK + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, LAYOUT))
+    for _ in range(GROUP * CHUNK, count, 2 * CHUNK):
+        o_n = gl.load(p_list + (count - 1 - o_j), mask=o_j < count, other=0)
+        b_mass = sum_rows(p_space, o_j, count, 0, 128, 128, True, LAYOUT)
+        gl.store(p_mass + o_n, b_mass, mask=o_j < count)
+        o_j += 2 * CHUNK
+    assembly("bar.sync 11, 256; mov.u32 $0, 0;")
+
+
+@gluon.jit
+def clear_past(v_buffer, valid, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
+    """Zero the rows of V from `valid` on: what padding holds may be infinite, and 0 * inf is NaN.
+
+    Both warpgroups do it, with the same bits.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    v_smem = v_buffer.reshape([BLOCK_N, BLOCK_D])
+    for start in gl.static_range(0, BLOCK_N, 32):
+        part = v_smem.slice(start, 32)
+        o_n = start + gl.arange(0, 32, layout=gl.SliceLayout(1, LAYOUT))
+        part.store(gl.where((o_n < valid)[:, None], part.load(LAYOUT), 0.0))
+    fence_async_shared()

@@ -1,0 +1,93 @@
+"""Exact block mass on a GPU: checked against float64, then timed beside dense attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sparsediff.kernels import block_scores
+from sparsediff.kernels.bench_inputs import DEVICE, SHAPES, make_inputs, median_ms, poisoned_memory
+
+# (batch, heads, query tokens, key tokens)
+CHECK_SIZES = ((2, 3, 500, 700), (1, 1, 1, 1), (1, 2, 1000, 65), (1, 5, 257, 1153))
+
+
+def exact_mass(
+    query: Tensor, key: Tensor, block_size: tuple[int, int], scale: float, lse: Tensor | None
+) -> Tensor:
+    """Mass by float64 probabilities of all tokens."""
+    (bq, bk), seq_q, seq_k = block_size, query.shape[1], key.shape[1]
+    q, k = (x.double().transpose(1, 2) for x in (query, key))
+    scores = q @ k.mT * scale
+    norm = scores.logsumexp(-1) if lse is None else lse.double()
+    weights = (scores - norm.nan_to_num(neginf=torch.inf)[..., None]).exp()
+    padded = torch.nn.functional.pad(weights, (0, -seq_k % bk, 0, -seq_q % bq))
+    return padded.unflatten(-1, (-1, bk)).unflatten(-3, (-1, bq)).sum((-1, -3))
+
+
+def check_mass() -> Iterator[dict]:
+    """With and without a log-sum-exp, ragged at both ends, strided, logits far from 0; the same bits twice."""
+    for dim, block, dtype in (
+        (128, (128, 128), torch.bfloat16),
+        (64, (64, 64), torch.bfloat16),
+        (96, (128, 64), torch.float16),
+        (128, (64, 128), torch.bfloat16),
+        (128, (64, 64), torch.bfloat16),
+        (128, (32, 32), torch.bfloat16),
+    ):
+        for batch, heads, seq_q, seq_k in CHECK_SIZES:
+            g = torch.Generator(DEVICE).manual_seed(seq_q + seq_k)
+            q, k = (
+                torch.randn(batch, s, heads, 2 * dim, device=DEVICE, dtype=dtype, generator=g)[
+                    ..., :dim
+                ]
+                for s in (seq_q, seq_k)
+            )
+            # Logits about -60 of one head and +60 of the next: nothing may rely on their being near 0.
+            q[..., -1] = 60
+            k[..., -1] = dim**0.5 * torch.tensor([-1.0, 1.0], device=DEVICE).repeat(heads)[:heads]
+            given = exact_lse(q, k, dim**-0.5).float() + 0.5
+            given[0, 0, 0] = -torch.inf
+            for lse in (None, given):
+                run = partial(block_scores.block_mass, q, k, block, scale=dim**-0.5, lse=lse)
+                with poisoned_memory():
+                    got, again = run(), run()
+                want = exact_mass(q, k, block, dim**-0.5, lse)
+                error = ((got - want).abs() / (1 + want)).max().item()
+                yield {
+                    "kind": "check",
+                    "what": f"exact block mass, {'own' if lse is None else 'given'} log-sum-exp",
+                    "head_dim": dim,
+                    "block": list(block),
+                    "sizes": [batch, heads, seq_q, seq_k],
+                    "ok": error < 2e-3 and torch.equal(got, again),
+                    "error": error,
+                    "repeatable": torch.equal(got, again),
+                }
+
+
+def exact_lse(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Log-sum-exp of all logits in float64, `[B, H, Sq]`."""
+    q, k = (x.double().transpose(1, 2) for x in (query, key))
+    return (q @ k.mT * scale).logsumexp(-1)
+
+
+def time_mass() -> Iterator[dict]:
+    """Exact block mass of each shape; compare with the dense attention of the same run."""
+    for name, size in SHAPES.items():
+        batch, heads, seq, _ = size
+        q, k, _ = make_inputs(size)
+        lse = torch.full((batch, heads, seq), 12.0, device=DEVICE)
+        for block in ((128, 128), (64, 64)):
+            for what, given in (("own lse", None), ("lse given", lse)):
+                run = partial(block_scores.block_mass, q, k, block, lse=given)
+                yield {
+                    "kind": "lists",
+                    "shape": name,
+                    "what": f"exact block mass, {what}",
+                    "block": list(block),
+                    "ms": round(median_ms(run, 300), 4),
+                }
