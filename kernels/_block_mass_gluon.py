@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsediff.kernels._block_mass_sm90 import COLUMNS, PAIR_ROWS, ROWS, block_mass_sm90
-from sparsediff.kernels._block_sparse_gluon import _descriptor
+from sparsediff.kernels._block_sparse_gluon import _descriptor, multiprocessors
 from sparsediff.kernels.tuning import hopper_mass_ring
 
 
@@ -27,7 +27,7 @@ def block_mass(
         return mass
     row_tiles, tiles = -(-seq_q // ROWS.value), -(-seq_k // COLUMNS.value)
     items = batch * heads * row_tiles
-    programs = min(torch.cuda.get_device_properties(device).multi_processor_count, items)
+    programs = min(multiprocessors(device), items)
     width = PAIR_ROWS.value if lse is None else PAIR_ROWS.value // 16
     space = torch.empty(programs, 2, tiles * COLUMNS.value // bk + 1, width, device=device)
     block_d = 64 if head_dim == 64 else 128

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -124,7 +127,7 @@ def _launch(
     lists = mask.kv_indices.contiguous().expand(batch, heads, mq, nk)
     block_n, block_d = mask.block_size[1], 64 if head_dim == 64 else 128
     ring, alias = hopper_ring(block_n, block_d, pair is not None)
-    programs = min(torch.cuda.get_device_properties(device).multi_processor_count, num_rows)
+    programs = min(multiprocessors(device), num_rows)
     space = torch.empty(programs, nk + 1, 128, device=device) if want_mass else out
     block_sparse_fwd_sm90[(programs,)](
         # inputs and output
@@ -175,25 +178,48 @@ def _launch(
 
 
 def _descriptor(x: Tensor, rows: int, block_d: int) -> TensorDescriptor:
-    """TMA view `[B, H, S, D]` of a `[B, S, H, D]` tensor, in boxes of `rows x block_d`."""
-    view = _aligned(x).transpose(1, 2)
-    layout = gl.NVMMASharedLayout(
-        swizzle_byte_width=128, element_bitwidth=x.element_size() * 8, rank=4
-    )
+    """TMA view `[B, H, S, D]` of a `[B, S, H, D]` tensor, in boxes of `rows x block_d`.
+
+    TMA wants a unit last stride and everything else on 16 bytes; a tensor that is not so is copied.
+    """
+    form = _form(x.dtype, x.shape, x.stride(), rows, block_d)
+    if form is None or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+        form = _form(x.dtype, x.shape, x.stride(), rows, block_d)
+    descriptor = copy.copy(form)
+    descriptor.base = x
+    return descriptor
+
+
+# Making a descriptor takes longer than launching the kernel, and calls differ in addresses alone.
+@lru_cache(maxsize=256)
+def _form(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    strides: tuple[int, int, int, int],
+    rows: int,
+    block_d: int,
+) -> TensorDescriptor | None:
+    """The descriptor of such a tensor, but for its address; None if TMA cannot read it."""
+    unit = 16 // dtype.itemsize
+    batch, seq, heads, dim = shape
     # The stride of a dimension of size 1 is never used, but it is checked.
-    strides = [
-        step if size > 1 else view.shape[-1] * 16
-        for step, size in zip(view.stride(), view.shape, strict=True)
-    ]
-    strides[-1] = 1
-    return TensorDescriptor(view, list(view.shape), strides, [1, 1, rows, block_d], layout)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """TMA wants a unit last stride and everything else on 16 bytes; a tensor that is not so is copied."""
-    steps = [step for step, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
-    unit = 16 // x.element_size()
-    fits = (
-        x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in steps)
+    step = [s if size > 1 else dim * 16 for s, size in zip(strides, shape, strict=True)]
+    if strides[3] != 1 or any(s <= 0 or s % unit for s in step[:3]):
+        return None
+    layout = gl.NVMMASharedLayout(
+        swizzle_byte_width=128, element_bitwidth=dtype.itemsize * 8, rank=4
     )
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+    return TensorDescriptor(
+        torch.empty(0, dtype=dtype),
+        [batch, heads, seq, dim],
+        [step[0], step[2], step[1], 1],
+        [1, 1, rows, block_d],
+        layout,
+    )
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a device has; asking it takes microseconds."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

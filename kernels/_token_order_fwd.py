@@ -5,18 +5,29 @@ import triton.language as tl
 
 
 @triton.jit
-def _copy_rows(
-    x_ptr, y_ptr, stride_xb, stride_xs, stride_xh, i_b, o_from, o_to, o_h, seq, num_heads, m_r,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def _load_rows(
+    x_ptr,
+    stride_b,
+    stride_s,
+    stride_h,
+    i_b,
+    o_s,
+    o_h,
+    m_r,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     o_d = tl.arange(0, BLOCK_D)
-    m_x = m_r[:, None] & (o_d < HEAD_DIM)[None, :]
     # Token offsets pass 2^31 elements at 700,000 tokens of 24 heads.
-    p_x = x_ptr + i_b * stride_xb + o_from.to(tl.int64) * stride_xs + o_h * stride_xh
-    p_y = y_ptr + ((i_b * seq + o_to) * num_heads + o_h) * HEAD_DIM
-    # Each byte is used once: it should not push anything else out of the cache.
-    b_x = tl.load(p_x[:, None] + o_d[None, :], mask=m_x, eviction_policy="evict_first")
-    tl.store(p_y[:, None] + o_d[None, :], b_x, mask=m_x)
+    p_x = x_ptr + i_b * stride_b + o_s.to(tl.int64) * stride_s + o_h * stride_h
+    return tl.load(p_x[:, None] + o_d[None, :], mask=m_r[:, None] & (o_d < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def _store_rows(y_ptr, b_x, o_y, m_r, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    o_d = tl.arange(0, BLOCK_D)
+    p_y = y_ptr + o_y[:, None] * HEAD_DIM + o_d[None, :]
+    tl.store(p_y, b_x, mask=m_r[:, None] & (o_d < HEAD_DIM)[None, :])
 
 
 @triton.jit(do_not_specialize=["seq", "num_heads"])
@@ -35,24 +46,28 @@ def gather_rows(
     # 2^31 rows are hundreds of gigabytes, and 64-bit division is slow.
     o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_r = o_r < seq * num_heads
-    o_to = o_r // num_heads
+    o_i = o_r // num_heads
     o_h = (o_r % num_heads).to(tl.int64)
-    p_index = index_ptr + o_to
+    p_index = index_ptr + o_i
     if PER_HEAD:
         p_index += tl.load(heads_ptr + o_h) * seq
-    o_from = tl.load(p_index, mask=m_r, other=0)
+    o_s = tl.load(p_index, mask=m_r, other=0)
     i_b = tl.program_id(1).to(tl.int64)
-    _copy_rows(
-        x0_ptr, y0_ptr, stride_x0b, stride_x0s, stride_x0h, i_b, o_from, o_to, o_h, seq, num_heads, m_r,
-        HEAD_DIM, BLOCK_D,
-    )  # fmt: skip
+    o_y = i_b * seq * num_heads + o_r
+    # All loads before the first store: nothing tells the compiler that they do not overlap.
+    b_x0 = _load_rows(
+        x0_ptr, stride_x0b, stride_x0s, stride_x0h, i_b, o_s, o_h, m_r, HEAD_DIM, BLOCK_D
+    )
     if COUNT > 1:
-        _copy_rows(
-            x1_ptr, y1_ptr, stride_x1b, stride_x1s, stride_x1h, i_b, o_from, o_to, o_h, seq, num_heads, m_r,
-            HEAD_DIM, BLOCK_D,
-        )  # fmt: skip
+        b_x1 = _load_rows(
+            x1_ptr, stride_x1b, stride_x1s, stride_x1h, i_b, o_s, o_h, m_r, HEAD_DIM, BLOCK_D
+        )
     if COUNT > 2:
-        _copy_rows(
-            x2_ptr, y2_ptr, stride_x2b, stride_x2s, stride_x2h, i_b, o_from, o_to, o_h, seq, num_heads, m_r,
-            HEAD_DIM, BLOCK_D,
-        )  # fmt: skip
+        b_x2 = _load_rows(
+            x2_ptr, stride_x2b, stride_x2s, stride_x2h, i_b, o_s, o_h, m_r, HEAD_DIM, BLOCK_D
+        )
+    _store_rows(y0_ptr, b_x0, o_y, m_r, HEAD_DIM, BLOCK_D)
+    if COUNT > 1:
+        _store_rows(y1_ptr, b_x1, o_y, m_r, HEAD_DIM, BLOCK_D)
+    if COUNT > 2:
+        _store_rows(y2_ptr, b_x2, o_y, m_r, HEAD_DIM, BLOCK_D)

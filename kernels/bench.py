@@ -1,4 +1,4 @@
-"""Check every attention kernel against float64, then time it beside PyTorch's dense attention.
+"""Check every attention kernel against float64, then time it beside PyTorch's and other packages' kernels.
 
     python -m sparsediff.kernels.bench --output docs/benchmarks/kernels_h200.json
 
@@ -21,6 +21,8 @@ import torch
 
 from sparsediff.kernels import bench_checks as checks
 from sparsediff.kernels import bench_mass as mass
+from sparsediff.kernels import bench_orders as orders
+from sparsediff.kernels import bench_peers as peers
 from sparsediff.kernels import bench_times as times
 from sparsediff.kernels.bench_inputs import SHAPES
 
@@ -34,6 +36,7 @@ GROUPS = (
         checks.check_int8: 90,
         checks.check_lists: 60,
         mass.check_mass: 60,
+        orders.check_orders: 60,
     },
     {times.time_dense: 45},
     {times.time_gluon: 60},
@@ -42,6 +45,8 @@ GROUPS = (
     {times.time_int8: 30},
     {times.time_lists: 40},
     {mass.time_mass: 40},
+    {orders.time_orders: 40},
+    {peers.time_peers: 180},
     {times.time_tiles: 45},
     {checks.check_compile: 60},
 )
@@ -120,7 +125,7 @@ def _provenance(git: str | None) -> dict:
         )
         git = run.stdout.strip()
     return {
-        "what": "block-sparse attention kernels: errors against float64, times beside PyTorch's dense attention",
+        "what": "block-sparse attention kernels: errors against float64, times beside PyTorch's and other packages' kernels",
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -137,7 +142,7 @@ def _print(result: dict) -> None:
     records = [r for part in result["parts"].values() for r in part["records"]]
     dense = {}
     for r in records:
-        if r["kind"] == "time" and r["what"].startswith("sdpa"):
+        if r["kind"] == "time" and r["what"] in peers.DENSE and r["density"] == 1:
             dense[r["shape"]] = min(r["ms"], dense.get(r["shape"], float("inf")))
     lines = []
     for r in records:

@@ -26,6 +26,7 @@ from sparsediff.kernels.bench_inputs import (
     timing,
 )
 
+DENSE = ("sdpa cudnn", "sdpa flash", "fa4")  # the best of them at density 1 is the yardstick
 # FlexAttention compiles anew for every shape; two show where it stands.
 FLEX_SHAPES = ("wan32", "wan75")
 
