@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import CALL, MODELS, WEIGHTS, load_folder
-from .evaluate import exam, generate
+from .autoencoder import psnr
+from .evaluate import decode, exam, generate
 from .models import TEXT_TOKENS
 
 BLOCK = 64
@@ -194,11 +195,6 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return value.mean((1, 2, 3)).view(len(a), -1).mean(1)
 
 
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Decibels per clip of values in [-1, 1]."""
-    return 10 * torch.log10(4 / (a - b).square().flatten(1).mean(1).clamp_min(1e-10))
-
-
 def patterns(probe: Probe, steps: int) -> dict:
     """Everything that follows from the recorded block masses and LSEs."""
     mass = torch.stack(probe.mass).unflatten(0, (steps, probe.layers))  # [T, L, B, H, N, N]
@@ -282,7 +278,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
 
     def run(probe: Probe) -> Tensor:
         with intercepted(pipe.transformer, probe):
-            return generate(pipe, twice, batch=len(twice), **call)
+            latents = generate(pipe, twice, batch=len(twice), output_type="latent", **call)
+        return decode(pipe.vae, latents)
 
     recorder = Probe(layers, attention, record=True)
     dense = run(recorder)
