@@ -22,12 +22,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sparsediff.kernels._block_bitmap_fwd import pack_rows
 from sparsediff.kernels._block_sparse_fwd import block_sparse_fwd
 from sparsediff.kernels._token_order_fwd import gather_rows
 from sparsediff.kernels.token_order import TILE_BYTES
 from sparsediff.kernels.tuning import Tile, get_tile, hopper_mass_ring, hopper_ring
 
 ARCHITECTURES = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
+AMD = "gfx942"  # MI300: the portable kernels compile for it, and nobody has run them there
 _DTYPES = {"bf16": 16, "fp16": 16, "fp32": 32}
 
 
@@ -54,8 +56,8 @@ def portable_attention(
     tile: Tile | None = None,
 ) -> Compiled:
     """Compile the portable attention kernel; `byproducts` turns on lengths, LSE, vote and mass together."""
-    capability = int(arch[2:])
-    tile = tile or get_tile(divmod(capability, 10), _DTYPES[dtype], head_dim, block_size)
+    capability = (8, 0) if arch == AMD else divmod(int(arch[2:]), 10)
+    tile = tile or get_tile(capability, _DTYPES[dtype], head_dim, block_size)
     constants = {
         "HEAD_DIM": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
@@ -68,7 +70,8 @@ def portable_attention(
         "WITH_LSE": byproducts,
         "WITH_VOTE": byproducts,
         "WITH_MASS": byproducts,
-        "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
+        # AMD has no TF32.
+        "PRECISION": "tf32" if dtype != "fp32" else "ieee" if arch == AMD else "tf32x3",
         "STAGES": tile.num_stages,
     }
     pointers = {
@@ -108,6 +111,18 @@ def token_gather(arch: str, dtype: str, head_dim: int) -> Compiled:
     aligned = [n for n in names if n.endswith("_ptr") or n.startswith("stride_")]
     name = f"token gather {dtype} D{head_dim}"
     return compile_kernel(name, arch, gather_rows, pointers, constants, aligned, {"num_warps": 4})
+
+
+def mask_packing(arch: str) -> Compiled:
+    """Compile the kernel that stores a mask."""
+    names = pack_rows.arg_names
+    pointers = dict.fromkeys(("keep_ptr", "forced_ptr", "bitmap_ptr"), "*u8")
+    pointers |= {"count_ptr": "*i32", "index_ptr": "*i32", "share_ptr": "*fp32", "scale": "fp32"}
+    constants = {"WITH_LISTS": True, "CHUNK": 1024}
+    aligned = [n for n in names if n.endswith("_ptr")]
+    return compile_kernel(
+        "mask packing", arch, pack_rows, pointers, constants, aligned, {"num_warps": 4}
+    )
 
 
 def compile_kernel(
@@ -227,6 +242,14 @@ def _compile_gluon(
 
 
 def _compile(name: str, arch: str, source: ASTSource, options: dict) -> Compiled:
+    if arch == AMD:
+        compiled = triton.compile(source, target=GPUTarget("hip", AMD, 64), options=options)
+        text = compiled.asm["amdgcn"]
+        registers, stack = (
+            int(re.search(rf"\.{field}:\s+(\d+)", text)[1])
+            for field in ("vgpr_count", "private_segment_fixed_size")
+        )
+        return Compiled(name, arch, registers, stack, compiled.metadata.shared)
     compiled = triton.compile(source, target=GPUTarget("cuda", int(arch[2:]), 32), options=options)
     cubin = compiled.asm["cubin"]
     registers, stack = resources(cubin)
@@ -284,6 +307,7 @@ def every_kernel(arch: str) -> Iterator[Compiled]:
     yield portable_attention(arch, "fp32", 128, (128, 128), byproducts=False)
     for dtype, head_dim in (("bf16", 128), ("bf16", 96), ("fp32", 64)):
         yield token_gather(arch, dtype, head_dim)
+    yield mask_packing(arch)
     if arch == "sm90":
         for head_dim, block_n, byproducts in product((64, 128), (128, 64), (False, True)):
             yield hopper_attention("bf16", head_dim, block_n, byproducts=byproducts)
@@ -298,6 +322,7 @@ def few_kernels(arch: str) -> Iterator[Compiled]:
     yield portable_attention(arch, "bf16", 128, (128, 128), byproducts=True)
     yield portable_attention(arch, "fp16", 64, (64, 64), byproducts=False)
     yield token_gather(arch, "bf16", 128)
+    yield mask_packing(arch)
     if arch == "sm90":
         yield hopper_attention("bf16", 128, 128, byproducts=False)
         yield hopper_attention("bf16", 64, 128, byproducts=True)
