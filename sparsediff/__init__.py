@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sparsediff.api import Handle, disable, enable, list_methods
     from sparsediff.block_mask import BlockMask
-    from sparsediff.methods import AttentionSite, Auto, DraftAttention, LiteAttention, Method
+    from sparsediff.methods import (
+        AdaSpa,
+        AttentionSite,
+        Auto,
+        Custom,
+        DraftAttention,
+        LiteAttention,
+        Method,
+        SparseD,
+    )
     from sparsediff.report import RunReport
     from sparsediff.schedule import Schedule
     from sparsediff.state import RunState
@@ -37,7 +46,10 @@ _EXPORTS = {
     "Handle": "sparsediff.api",
     "BlockMask": "sparsediff.block_mask",
     "AttentionSite": "sparsediff.methods",
+    "AdaSpa": "sparsediff.methods",
     "Auto": "sparsediff.methods",
+    "Custom": "sparsediff.methods",
+    "SparseD": "sparsediff.methods",
     "DraftAttention": "sparsediff.methods",
     "LiteAttention": "sparsediff.methods",
     "Method": "sparsediff.methods",
@@ -50,9 +62,11 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "AdaSpa",
     "AttentionSite",
     "Auto",
     "BlockMask",
+    "Custom",
     "DraftAttention",
     "Handle",
     "LiteAttention",
@@ -61,6 +75,7 @@ __all__ = [
     "RunState",
     "Schedule",
     "Segment",
+    "SparseD",
     "TokenGrid",
     "TokenOrder",
     "disable",

@@ -6,17 +6,64 @@ never leave a row empty.  Scores stay float32: ties of bfloat16 scores would fav
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-4  # a budget is rounded up, but not for the last digit of a product such as 0.3 * 10
 
-def row_top_k(scores: Tensor, density: float) -> Tensor:
-    """Keep the `ceil(density * Nk)` best blocks of every row, at least one (AdaSpa, section 3.2)."""
-    _check_fraction("density", density)
+
+def row_top_k(scores: Tensor, density: float | Tensor) -> Tensor:
+    """Keep the `ceil(density * Nk)` best blocks of every row, at least one (AdaSpa, section 3.2).
+
+    `density` is one number, or `float32 [B, H]` for a budget a head.
+    """
     n = scores.shape[-1]
-    k = max(1, min(n, -int(-density * n // 1)))
     keep = torch.zeros_like(scores, dtype=torch.bool)
-    return keep.scatter_(-1, scores.topk(k, dim=-1).indices, True)
+    if not isinstance(density, Tensor):
+        _check_fraction("density", density)
+        return keep.scatter_(-1, scores.topk(_round_up(density * n), dim=-1).indices, True)
+    k = (density * n - ROUNDING).ceil().clamp(min=1)[..., None, None]
+    best = scores.argsort(dim=-1, descending=True)
+    return keep.scatter_(-1, best, torch.arange(n, device=scores.device).expand_as(best) < k)
+
+
+def row_top_p(scores: Tensor, share: float, *, minimum: int = 1) -> Tensor:
+    """Keep the fewest blocks of every row that together hold `share` of its mass (top-p), at least `minimum`."""
+    _check_fraction("share", share)
+    values, best = scores.clamp(min=0).sort(dim=-1, descending=True, stable=True)
+    before = values.cumsum(-1) - values
+    kept = before < share * values.sum(-1, keepdim=True)
+    kept[..., :minimum] = True
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, kept)
+
+
+def segment_top_k(scores: Tensor, density: float, segments: Sequence[slice]) -> Tensor:
+    """`row_top_k` in each run of columns on its own (SparseD, section 4.2: isolated selection)."""
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    for columns in segments:
+        keep[..., columns] = row_top_k(scores[..., columns], density)
+    return keep
+
+
+def recall(scores: Tensor, keep: Tensor) -> Tensor:
+    """Share of the scores (softmax mass) that a choice keeps (AdaSpa, section 3.2): `float32 [B, H]`."""
+    return (scores * keep).sum((-1, -2)) / scores.sum((-1, -2)).clamp_min(1e-20)
+
+
+def head_adaptive_density(recall: Tensor, density: float, *, limit: float = 0.8) -> Tensor:
+    """A budget a head with the mean of `density` (AdaSpa, section 3.4): `float32 [B, H]` from `recall` `[B, H]`.
+
+    With `n` heads above `limit`, the `n` best recalled heads give half of their budget away and the `n` worst take
+    it.  Clamped where the paper is silent: `n` is at most half the heads, and nobody gets more than everything.
+    """
+    heads = recall.shape[-1]
+    n = (recall > limit).sum(-1, keepdim=True).clamp(max=heads // 2)
+    rank = recall.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    shift = min(density / 2, 1.0 - density)
+    return density + shift * ((rank >= heads - n).float() - (rank < n).float())
 
 
 def head_percentile(scores: Tensor, density: float, *, row_minimum: int = 1) -> Tensor:
@@ -34,6 +81,10 @@ def head_percentile(scores: Tensor, density: float, *, row_minimum: int = 1) -> 
     keep = scores >= threshold[..., None, None]
     best = scores.topk(min(row_minimum, scores.shape[-1]), dim=-1).indices
     return keep.scatter_(-1, best, True)
+
+
+def _round_up(k: float) -> int:
+    return max(1, math.ceil(k - ROUNDING))
 
 
 def _check_fraction(name: str, value: float) -> None:

@@ -24,6 +24,9 @@ class Tick:
     step: int
     num_steps: int | None
     sigma: float | None
+    next_sigma: float | None = (
+        None  # of the step after this one, where a pipeline's scheduler tells
+    )
 
 
 class Clock:
@@ -116,7 +119,8 @@ class Clock:
         elif step is None:
             step = 0 if timestep is None else self._nearest(self._levels, timestep)
         step = min(max(step, 0), len(self._levels) - 1)
-        return Tick(self.tick.generation, step, len(self._levels), self._levels[step])
+        following = self._levels[step + 1] if step + 1 < len(self._levels) else None
+        return Tick(self.tick.generation, step, len(self._levels), self._levels[step], following)
 
     def _read_timestep(self, timestep: Tensor | None, branch: str | None, who: object) -> Tick:
         value = None if timestep is None else float(timestep.max())

@@ -3,7 +3,7 @@
 For each guidance branch and layer (the batch and the heads are dimensions of the mask):
 
     if schedule says dense:              dense attention, on the backend that the user chose
-    elif the method refreshes here:      mask = forced | method.keep_blocks(q, k)
+    elif the method refreshes here:      mask = forced | method.keep_blocks(q, k), in a dense call if it searches so
     elif the method votes:               mask = forced | vote of the previous call
     else:                                mask = mask
     out = undo(block_sparse_attention(order(q, k, v), mask))
@@ -58,6 +58,9 @@ class _Slot:
     density: Tensor | None = None  # float32 [H], averaged over the batch
     refreshed_at: int | None = None
     lists: BlockMask | None = None
+    heads: Tensor | None = None  # int32 [H], the window of each head, where the method chooses
+    # float16 [B, H, S] in the order of the mask: an old one is off by far more than the rounding
+    lse: Tensor | None = None
 
     def store(
         self,
@@ -234,14 +237,14 @@ class RunState:
         reason, warn = self._dense_reason(query, key, attn_mask, is_causal), True
         site = None
         if reason is None:
-            site = self._site(index)
+            site = self._site(index, scale)
             reason = self.schedule.dense_reason(site)
             warn = reason == UNKNOWN_STEPS
-        if reason is None:
-            out, reason = self._attend_sparse(index, site, query, key, value, scale)
-            if reason is None:
-                return out
-            warn = True
+            if reason is None or self._looks_ahead(site):
+                out, why = self._attend(index, site, query, key, value, reason)
+                if out is not None:
+                    return out
+                reason, warn = why, True
         step = self._forward.tick.step if self._forward else 0
         self.recorder.dense(self.layers[index], step, reason, warn=warn)
         return dispatch_attention_fn(
@@ -279,7 +282,12 @@ class RunState:
             return f"{key.shape[1]} tokens are too few: fewer than {MIN_BLOCKS} blocks of {block}"
         return None
 
-    def _site(self, index: int) -> AttentionSite:
+    def _looks_ahead(self, site: AttentionSite) -> bool:
+        """Whether this is the last dense call of its layer and the method wants to choose blocks in it."""
+        following = site.next_step() if self.method.looks_ahead else None
+        return following is not None and self.schedule.dense_reason(following) is None
+
+    def _site(self, index: int, scale: float | None) -> AttentionSite:
         forward = self._forward
         return AttentionSite(
             layer=self.depths[index],
@@ -289,29 +297,49 @@ class RunState:
             sigma=forward.tick.sigma,
             branch=forward.branch,
             grid=forward.grid,
+            next_sigma=forward.tick.next_sigma,
+            scale=scale,
         )
 
-    def _attend_sparse(
+    def _attend(
         self,
         index: int,
         site: AttentionSite,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scale: float | None,
+        dense_reason: str | None,
     ) -> tuple[Tensor | None, str | None]:
-        """The output, or why this call is better (or only) done dense."""
+        """The output by our kernel, or why this call is better (or only) done dense by another.
+
+        With a `dense_reason` the call is dense whatever the method says, and only chooses blocks for the next.
+        """
         method, grid, tokens = self.method, site.grid, query.shape[1]
         block_size = method.block_size(grid)
-        backend = _backend_for(query.device.type, query.dtype, query.shape[-1], block_size)
+        backend = _backend_for(
+            query.device.type, query.dtype, query.shape[-1], block_size, method.backend
+        )
         if backend.name == "reference":
             return None, f"no fast kernel: {backend.reason}"
         order = method.order(site)
         slot = self._slot(site.branch, index, query, block_size, grid, order)
-        q, k, v = (query, key, value) if order is None else order.apply(grid, query, key, value)
+        choosing = method.refreshes(site, slot.refreshed_at)
+        if dense_reason is not None or (
+            choosing and method.searches_dense(site, slot.refreshed_at)
+        ):
+            out = self._search(slot, site, query, key, value, order, backend.name)
+            reason = dense_reason or "search: blocks are chosen from exact attention"
+            self.recorder.dense(self.layers[index], site.step, reason, warn=False)
+            return out, None
+        if choosing and order is not None and order.chosen_at_run_time:
+            slot.heads = method.choose_windows(query, key, site, None)
+        q, k, v = (query, key, value)
+        if order is not None:
+            q, k, v = order.apply(grid, query, key, value, heads=slot.heads)
         forced = _forced(grid, block_size, query.device, order is not None)
-        if method.refreshes(site, slot.refreshed_at):
-            mask = slot.store(method.keep_blocks(q, k, site), forced, block_size, tokens)
+        if choosing:
+            keep = method.keep_blocks(q, k, site, lse=slot.lse)
+            mask = slot.store(keep, forced, block_size, tokens)
             slot.refreshed_at = site.step
         else:
             mask = slot.mask(block_size, tokens)
@@ -327,13 +355,48 @@ class RunState:
                 f"mask density above {CPU_BREAK_EVEN}, where dense attention is faster on a CPU",
             )
         density = slot.density
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        result = run_backend(backend.name, q, k, v, mask, scale=scale, vote_threshold=threshold)
+        result = run_backend(
+            backend.name, q, k, v, mask, scale=_scale(site, query), vote_threshold=threshold
+        )
         if threshold is not None:
             # A vote names only blocks that were visited: with what is forced it is the next mask.
             slot.store(result.vote, forced, block_size, tokens, want_mask=False)
         self._record(index, site, query, density, backend)
-        return (result.out if order is None else order.undo(grid, result.out)[0]), None
+        return self._undo(order, slot, grid, result.out), None
+
+    def _search(
+        self,
+        slot: _Slot,
+        site: AttentionSite,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        order: TokenOrder | None,
+        backend: str,
+    ) -> Tensor:
+        """Dense attention, whose log-sum-exp makes the block mass that blocks are chosen by half as dear."""
+        method, grid, tokens = self.method, site.grid, query.shape[1]
+        block_size = method.block_size(grid)
+        everything = _everything(block_size, tokens, query.device)
+        result = run_backend(
+            backend, query, key, value, everything, scale=_scale(site, query), want_lse=True
+        )
+        q, k, lse = query, key, result.lse
+        if order is not None:
+            if order.chosen_at_run_time:
+                slot.heads = method.choose_windows(query, key, site, lse)
+            q, k = order.apply(grid, query, key, heads=slot.heads)
+            lse = order.apply_rows(grid, lse, slot.heads)
+        keep = method.keep_blocks(q, k, site, lse=lse)
+        forced = _forced(grid, block_size, q.device, order is not None)
+        slot.store(keep, forced, block_size, tokens, want_mask=False)
+        slot.refreshed_at = site.step
+        slot.lse = lse.half() if method.keeps_lse else None
+        return result.out
+
+    @staticmethod
+    def _undo(order: TokenOrder | None, slot: _Slot, grid: TokenGrid, out: Tensor) -> Tensor:
+        return out if order is None else order.undo(grid, out, heads=slot.heads)[0]
 
     def _slot(
         self,
@@ -383,12 +446,28 @@ class RunState:
             for s in layers
             if s is not None and s.bitmap is not None
         )
-        return sum(s.bitmap.nbytes + (s.lists.kv_indices.nbytes if s.lists else 0) for s in slots)
+        return sum(
+            s.bitmap.nbytes
+            + (s.lists.kv_indices.nbytes if s.lists else 0)
+            + (0 if s.lse is None else s.lse.nbytes)
+            for s in slots
+        )
 
 
 @functools.lru_cache(maxsize=64)
-def _backend_for(device: str, dtype: torch.dtype, head_dim: int, block_size: tuple[int, int]):
-    return select_backend(torch.device(device), dtype, head_dim, block_size)
+def _backend_for(
+    device: str, dtype: torch.dtype, head_dim: int, block_size: tuple[int, int], name: str
+):
+    return select_backend(torch.device(device), dtype, head_dim, block_size, name)
+
+
+@functools.lru_cache(maxsize=8)
+def _everything(block_size: tuple[int, int], tokens: int, device: torch.device) -> BlockMask:
+    return BlockMask.full(block_size, (tokens, tokens), device=device)
+
+
+def _scale(site: AttentionSite, query: Tensor) -> float:
+    return query.shape[-1] ** -0.5 if site.scale is None else site.scale
 
 
 @functools.lru_cache(maxsize=32)

@@ -18,6 +18,10 @@ from torch import Tensor
 from sparsediff.kernels.token_order import gather_tokens
 
 Role = Literal["grid", "text", "image", "audio", "pad"]
+AXES = "FHW"
+Window = (
+    tuple[int, int, int] | str
+)  # (frames, height, width), or an order of the axes, slowest first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +93,18 @@ class TokenGrid:
         """`[start, stop)` of the grid segment in the sequence."""
         return next(span for s, span in self._spans() if s.role == "grid")
 
+    def whole_blocks(self, block: int, *, reordered: bool = False) -> slice:
+        """The blocks of `block` tokens that hold nothing but grid; the last may be short if the sequence ends there.
+
+        `reordered` says that a `TokenOrder` has moved the grid to the front.
+        """
+        start, stop = self.grid_span
+        if reordered:
+            start, stop = 0, stop - start
+        first = -(-start // block)
+        last = -(-stop // block) if stop == self.num_tokens else stop // block
+        return slice(first, max(first, last))
+
     def spans(self, *roles: Role) -> tuple[tuple[int, int], ...]:
         """`[start, stop)` of every non-empty segment with one of `roles`."""
         return tuple(span for s, span in self._spans() if s.role in roles and s.length)
@@ -129,26 +145,23 @@ class TokenOrder:
 
     Attributes:
         windows: the windows in use.
-        heads: for each head which of `windows` it walks; left out, all heads walk the one there is.  Layers that
-            choose differently among the same `windows` share one set of permutations.
+        heads: for each head which of `windows` it walks; left out, all heads walk the one there is, or what `apply`
+            and `undo` are told.  Layers that choose differently among the same `windows` share one set of permutations.
     """
 
-    windows: tuple[tuple[int, int, int], ...]
+    windows: tuple[Window, ...]
     heads: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.windows:
             raise ValueError("windows needs at least one (frames, height, width) entry")
         for window in self.windows:
-            if len(window) != 3 or min(window) < 1:
+            axes = isinstance(window, str)
+            if sorted(window) != sorted(AXES) if axes else len(window) != 3 or min(window) < 1:
                 raise ValueError(
-                    f"a window is three sizes >= 1 (frames, height, width), got {window}"
+                    "a window is three sizes >= 1 (frames, height, width) or an order of the axes such as 'HWF', "
+                    f"got {window!r}"
                 )
-        if self.heads is None and len(self.windows) > 1:
-            raise ValueError(
-                f"{len(self.windows)} windows need heads=..., the number of each head's window; "
-                "TokenOrder.per_head() takes one window a head"
-            )
         for window in self.heads or ():
             if not 0 <= window < len(self.windows):
                 raise ValueError(f"heads name windows 0 to {len(self.windows) - 1}, got {window}")
@@ -159,10 +172,15 @@ class TokenOrder:
         return cls(((frames, height, width),))
 
     @classmethod
-    def per_head(cls, windows: Sequence[tuple[int, int, int]]) -> TokenOrder:
+    def per_head(cls, windows: Sequence[Window]) -> TokenOrder:
         """One window a head, in the order of the heads; equal ones are kept once."""
         distinct = tuple(dict.fromkeys(windows))
         return cls(distinct, tuple(distinct.index(window) for window in windows))
+
+    @property
+    def chosen_at_run_time(self) -> bool:
+        """Whether the window of each head is left open."""
+        return self.heads is None and len(self.windows) > 1
 
     def permutation(self, grid: TokenGrid, device: torch.device | str | None = None) -> Tensor:
         """`int32 [windows, S]`: position `i` of a reordered sequence holds token `permutation[:, i]`."""
@@ -172,25 +190,43 @@ class TokenOrder:
         """`int32 [windows, S]`: where each token went; undoes `permutation`."""
         return _permutations(self.windows, grid, str(device or "cpu"))[1]
 
-    def apply(self, grid: TokenGrid, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Reorder tensors `[B, S, H, D]`, up to three at once, so that the tokens of a window are neighbours."""
-        device = tensors[0].device
-        return gather_tokens(
-            tensors, self.permutation(grid, device), _head_rows(self.heads, str(device))
-        )
+    def apply(
+        self, grid: TokenGrid, *tensors: Tensor, heads: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Reorder tensors `[B, S, H, D]`, up to three at once, so that the tokens of a window are neighbours.
 
-    def undo(self, grid: TokenGrid, *tensors: Tensor) -> tuple[Tensor, ...]:
+        `heads`, `int32 [H]` on the tensors' device, stands in for the field of that name.
+        """
+        index = self.permutation(grid, tensors[0].device)
+        return gather_tokens(tensors, index, self._rows(heads, tensors[0].device))
+
+    def undo(
+        self, grid: TokenGrid, *tensors: Tensor, heads: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """The inverse of `apply`, for the output `[B, S, H, D]`."""
-        device = tensors[0].device
-        return gather_tokens(
-            tensors, self.inverse(grid, device), _head_rows(self.heads, str(device))
-        )
+        index = self.inverse(grid, tensors[0].device)
+        return gather_tokens(tensors, index, self._rows(heads, tensors[0].device))
+
+    def apply_rows(self, grid: TokenGrid, rows: Tensor, heads: Tensor | None = None) -> Tensor:
+        """Reorder one number a token, `[B, H, S]`, as `apply` does the tokens."""
+        index = self.permutation(grid, rows.device).long()
+        heads = self._rows(heads, rows.device)
+        index = index[0] if heads is None else index[heads.long()]
+        return rows.gather(-1, index.expand(rows.shape))
+
+    def _rows(self, heads: Tensor | None, device: torch.device) -> Tensor | None:
+        if heads is None and self.chosen_at_run_time:
+            raise ValueError(
+                f"{len(self.windows)} windows need heads=..., the number of each head's window; "
+                "TokenOrder.per_head() takes one window a head"
+            )
+        return _head_rows(self.heads, str(device)) if heads is None else heads
 
 
 # Bounded: a run uses a handful of (windows, grid, device) triples; each entry holds 8 bytes a token and window.
 @functools.lru_cache(maxsize=16)
 def _permutations(
-    windows: tuple[tuple[int, int, int], ...], grid: TokenGrid, device: str
+    windows: tuple[Window, ...], grid: TokenGrid, device: str
 ) -> tuple[Tensor, Tensor]:
     start, stop = grid.grid_span
     outside = torch.cat([torch.arange(0, start), torch.arange(stop, grid.num_tokens)])
@@ -206,9 +242,11 @@ def _head_rows(heads: tuple[int, ...] | None, device: str) -> Tensor | None:
     return None if heads is None else torch.tensor(heads, dtype=torch.int32, device=device)
 
 
-def _window_walk(shape: tuple[int, int, int], window: tuple[int, int, int]) -> Tensor:
+def _window_walk(shape: tuple[int, int, int], window: Window) -> Tensor:
     """Token numbers of a grid in window order; the walk over windows turns round at each edge."""
     tokens = torch.arange(math.prod(shape)).view(shape)
+    if isinstance(window, str):
+        return tokens.permute([AXES.index(axis) for axis in window]).flatten()
     divides = all(n % w == 0 for n, w in zip(shape, window, strict=True))
     frames, rows, columns = (
         list(axis.split(w)) for axis, w in zip(map(torch.arange, shape), window, strict=True)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import difflib
 from dataclasses import fields
 
+from sparsediff.methods.adaspa import AdaSpa as AdaSpa
 from sparsediff.methods.auto import Auto as Auto
 from sparsediff.methods.base import AttentionSite as AttentionSite
 from sparsediff.methods.base import Method as Method
+from sparsediff.methods.custom import Custom as Custom
 from sparsediff.methods.draft_attention import DraftAttention as DraftAttention
 from sparsediff.methods.lite_attention import LiteAttention as LiteAttention
+from sparsediff.methods.sparse_d import SparseD as SparseD
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Auto, LiteAttention, DraftAttention)}
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (Auto, LiteAttention, DraftAttention, SparseD, AdaSpa, Custom)
+}
 
 
 def build_method(method: str | Method, **params: object) -> Method:

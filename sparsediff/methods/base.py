@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -23,6 +23,8 @@ class AttentionSite:
         step: denoising step, from 0.
         num_steps: steps of this generation; None for a bare transformer whose caller has not said.
         sigma: noise level in [0, 1]; None if unknown.
+        next_sigma: noise level of the step after this one; None if unknown or if this is the last.
+        scale: of the logits, where the model's differs from `1 / sqrt(D)`.
         branch: classifier-free guidance branch (`"cond"`, `"uncond"`, ... as the pipeline names it).
         grid: the tokens of this call.
     """
@@ -34,6 +36,14 @@ class AttentionSite:
     sigma: float | None
     branch: str
     grid: TokenGrid
+    next_sigma: float | None = None
+    scale: float | None = None
+
+    def next_step(self) -> AttentionSite | None:
+        """The same call one step later; None if nobody knows whether there is one."""
+        if self.next_sigma is None:
+            return None
+        return replace(self, step=self.step + 1, sigma=self.next_sigma, next_sigma=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,21 +59,35 @@ class Method(ABC):
     summary: ClassVar[str]
     citation: ClassVar[str]
 
+    # Whether the last dense step of the schedule already chooses the blocks of the next one.
+    looks_ahead: ClassVar[bool] = False
+    # The attention kernel, by name; "auto" takes the best exact one.
+    backend: ClassVar[str] = "auto"
+    # Whether the log-sum-exp of the first search is kept for later ones.
+    keeps_lse: ClassVar[bool] = False
+
     @abstractmethod
     def block_size(self, grid: TokenGrid) -> tuple[int, int]:
         """`(query, key/value)` tokens a block."""
 
     @abstractmethod
-    def keep_blocks(self, query: Tensor, key: Tensor, site: AttentionSite) -> Tensor:
+    def keep_blocks(
+        self, query: Tensor, key: Tensor, site: AttentionSite, *, lse: Tensor | None = None
+    ) -> Tensor:
         """Choose blocks afresh: `bool [B|1, H|1, Mq, Nk]`.
 
-        `query`, `key` are `[B, S, H, D]` after RoPE and after `order`.  Must not read anything back to the host.
-        The caller adds what must stay (text rows and columns, at least one block a row).
+        `query`, `key` are `[B, S, H, D]` after RoPE and after `order`; `lse` is `float [B, H, S]` of the same rows, of
+        this call (after a dense search) or of an earlier one (`keeps_lse`).  Must not read anything back to the
+        host.  The caller adds what must stay (text rows and columns, at least one block a row).
         """
 
     def refreshes(self, site: AttentionSite, last_refresh: int | None) -> bool:
         """Whether to call `keep_blocks` now; `last_refresh` is the step of the last time in this generation."""
         return last_refresh is None
+
+    def searches_dense(self, site: AttentionSite, last_refresh: int | None) -> bool:
+        """Whether a call that chooses blocks is itself dense: exact output, `lse` for `keep_blocks`, mask from then on."""
+        return False
 
     def vote_threshold(self, site: AttentionSite) -> float | None:
         """Log2 threshold of the in-kernel vote that thins the mask for the next step; None: the mask stays."""
@@ -75,6 +99,15 @@ class Method(ABC):
         A mask belongs to its order: where a layer's order changes in mid-run, its blocks are chosen afresh.
         """
         return None
+
+    def choose_windows(
+        self, query: Tensor, key: Tensor, site: AttentionSite, lse: Tensor | None
+    ) -> Tensor:
+        """For an `order` of several windows without heads: the window of each head, `int32 [H]`.
+
+        Asked where blocks are chosen.  `query`, `key`, `lse` are in the model's own order.
+        """
+        raise NotImplementedError
 
     def default_schedule(self) -> Schedule:
         """The published choice of dense steps and layers."""

@@ -64,7 +64,9 @@ class DraftAttention(Method):
         """At every call: the paper caches nothing."""
         return True
 
-    def keep_blocks(self, query: Tensor, key: Tensor, site: AttentionSite) -> Tensor:
+    def keep_blocks(
+        self, query: Tensor, key: Tensor, site: AttentionSite, *, lse: Tensor | None = None
+    ) -> Tensor:
         """Per head, the blocks whose draft attention is at or above the `sparsity` percentile."""
         block_size = self.block_size(site.grid)
         logits = pooled_scores(query, key, block_size)

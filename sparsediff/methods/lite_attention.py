@@ -60,7 +60,9 @@ class LiteAttention(Method):
         """The tile, whatever the grid."""
         return self.tile
 
-    def keep_blocks(self, query: Tensor, key: Tensor, site: AttentionSite) -> Tensor:
+    def keep_blocks(
+        self, query: Tensor, key: Tensor, site: AttentionSite, *, lse: Tensor | None = None
+    ) -> Tensor:
         """Everything: the first call of a generation visits all tiles, later ones only what its vote left."""
         bq, bk = self.block_size(site.grid)
         shape = (query.shape[0], query.shape[2], -(-query.shape[1] // bq), -(-key.shape[1] // bk))

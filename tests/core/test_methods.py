@@ -7,7 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsediff import AttentionSite, Auto, DraftAttention, LiteAttention, Schedule, TokenGrid
+from sparsediff import (
+    AttentionSite,
+    Auto,
+    Custom,
+    DraftAttention,
+    LiteAttention,
+    Schedule,
+    TokenGrid,
+)
 from sparsediff.budget import head_percentile, row_top_k
 from sparsediff.methods import METHODS, build_method
 
@@ -108,12 +116,16 @@ def test_auto_keeps_the_heaviest_blocks_of_each_row():
         assert set(row_mass.topk(2).indices.tolist()) == set(row_keep.nonzero()[:, 0].tolist())
 
 
-def test_auto_looks_again_only_every_so_often():
+def test_a_hybrid_looks_again_as_told():
     grid = TokenGrid.video(4, 8, 8)
-    method = Auto(refresh_every=4)
-    assert method.refreshes(site(grid, step=3), None)
-    assert not method.refreshes(site(grid, step=6), 3)
-    assert method.refreshes(site(grid, step=7), 3)
+    assert Custom().refreshes(site(grid, step=3), None)
+    assert not Custom().refreshes(site(grid, step=9), 3)
+    assert not Custom(refresh=4).refreshes(site(grid, step=6), 3)
+    assert Custom(refresh=4).refreshes(site(grid, step=7), 3)
+    shares = Custom(refresh=(0.2, 0.6))
+    assert [shares.refreshes(site(grid, step=s), 2) for s in range(2, 8)] == [False] * 4 + [
+        True
+    ] * 2
 
 
 def test_auto_takes_coarser_blocks_for_long_sequences():
@@ -154,14 +166,14 @@ def test_every_method_describes_itself(name):
         (lambda: DraftAttention(pool_h=3), "must be 64 or 128"),
         (lambda: DraftAttention(row_minimum=0), "row_minimum must be a whole number >= 1"),
         (lambda: Auto(density=0.0), r"density must be a share in \(0, 1\]"),
-        (lambda: Auto(block=96), "block must be one of"),
-        (lambda: Auto(refresh_every=0), "refresh_every must be a whole number of steps >= 1"),
+        (lambda: Auto(block=96), "block must be 32, 64 or 128"),
+        (lambda: Auto(refresh=0), "refresh must be None, a number of steps >= 1"),
         (lambda: DraftAttention(pool_h=8.0), "pool_h must be a whole number"),
         (lambda: LiteAttention(tile=(64.0, 64.0)), "two sizes >= 16"),
         (lambda: LiteAttention(tile=64), "two sizes >= 16"),
         (lambda: Auto(density="abc"), "density must be a share"),
         (lambda: Auto(density=True), "density must be a share"),
-        (lambda: Auto(refresh_every=2.5), "refresh_every must be a whole number"),
+        (lambda: Auto(refresh=2.5), "refresh must be None, a number of steps"),
         (lambda: build_method("lite"), "did you mean 'lite_attention'"),
         (lambda: build_method("draft_attention", sparsty=0.5), "did you mean 'sparsity'"),
         (lambda: row_top_k(torch.zeros(1, 1, 2, 2), 0.0), r"density must be in \(0, 1\]"),

@@ -120,7 +120,13 @@ def test_grids_differ_with_the_meaning_of_a_position():
         (lambda: TokenGrid.video(0, 3, 4), "at least one token"),
         (lambda: TokenOrder(()), "at least one"),
         (lambda: TokenOrder(((1, 0, 4),)), "three sizes >= 1"),
-        (lambda: TokenOrder(((1, 1, 4), (1, 2, 2))), "2 windows need heads"),
+        (lambda: TokenOrder(("FWW",)), "an order of the axes"),
+        (
+            lambda: TokenOrder(((1, 1, 4), (1, 2, 2))).apply(
+                TokenGrid.video(1, 2, 4), torch.zeros(1, 8, 2, 4)
+            ),
+            "2 windows need heads",
+        ),
         (lambda: TokenOrder(((1, 1, 4),), heads=(0, 1)), "windows 0 to 0, got 1"),
     ],
 )

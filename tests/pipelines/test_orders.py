@@ -35,7 +35,7 @@ class PerHead(Method):
         windows = WINDOWS[site.layer]
         return TokenOrder.per_head(windows[::-1] if self.turns and site.step else windows)
 
-    def keep_blocks(self, query, key, site):
+    def keep_blocks(self, query, key, site, *, lse=None):
         mass = block_mass(query, key, (64, 64))
         return mass >= self.above * mass.mean((-1, -2), keepdim=True)
 

@@ -1,0 +1,171 @@
+"""Every choice that the published methods make, one by one.
+
+A method is a dense prefix, a moment to look, a score for every block, a budget, an order of the tokens and a rule for
+the steps between two looks; the six papers are six points of this space, and the best point need not be one of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sparsediff.budget import (
+    head_adaptive_density,
+    head_percentile,
+    recall,
+    row_top_k,
+    row_top_p,
+)
+from sparsediff.kernels.block_scores import block_mass, pooled_scores
+from sparsediff.methods.base import AttentionSite, Method
+from sparsediff.schedule import Schedule
+from sparsediff.token_grid import TokenGrid, TokenOrder, Window
+
+Producer = Literal["mass", "pooled"]
+Budget = Literal["row_top_k", "row_top_p", "head_percentile", "head_adaptive"]
+SAMPLED_BLOCKS = 32  # query blocks of each head that a window is judged by
+
+
+@dataclass(frozen=True, kw_only=True)
+class Custom(Method):
+    """A hybrid put together from the parts of the published methods.
+
+    Attributes:
+        density: share of key blocks kept; for `row_top_p` the share of the softmax mass.
+        producer: what scores a block: its exact softmax mass (`"mass"`: AdaSpa, SparseD) or the attention between
+            pooled queries and keys (`"pooled"`: DraftAttention).
+        budget: `"row_top_k"` (AdaSpa, SparseD), `"row_top_p"`, `"head_percentile"` (DraftAttention) or
+            `"head_adaptive"` (AdaSpa).
+        windows: which tokens share a block: `()` keeps the sequence, one window serves all heads, of several each head
+            takes the one under which it keeps the most mass.  A window is `(frames, height, width)` or an order of
+            the axes such as `"HWF"`.
+        block: tokens a block.
+        refresh: when blocks are chosen again after the first time: None (never), every so many steps (int), or at
+            shares of the steps (tuple).
+        search: how the first choice is made: `"ahead"` (in the last dense step of the schedule; where that is not
+            known, as `"sparse"`), `"dense"` (in a dense call of its own) or `"sparse"` (in the call that uses it).
+        vote_threshold_log2: between choices, thin the mask by LiteAttention's vote; log2 units below 0, None for not at all.
+    """
+
+    name: ClassVar[str] = "custom"
+    summary: ClassVar[str] = "a hybrid of your own from the parts of the published methods"
+    citation: ClassVar[str] = "this library"
+
+    density: float = 0.3
+    producer: Producer = "mass"
+    budget: Budget = "row_top_k"
+    windows: tuple[Window, ...] = ()
+    block: int = 64
+    refresh: int | tuple[float, ...] | None = None
+    search: Literal["ahead", "dense", "sparse"] = "ahead"
+    vote_threshold_log2: float | None = None
+
+    def __post_init__(self) -> None:
+        self._require("density", float, lambda x: 0 < x <= 1, "a share in (0, 1]")
+        for name, kinds in {
+            "producer": get_args(Producer),
+            "budget": get_args(Budget),
+            "search": ("ahead", "dense", "sparse"),
+        }.items():
+            self._require(name, str, lambda x, k=kinds: x in k, f"one of {', '.join(kinds)}")
+        self._require("block", int, lambda x: x in (32, 64, 128), "32, 64 or 128")
+        self._require("windows", tuple, lambda x: True, "a tuple of windows")
+        if self.windows:
+            TokenOrder(self.windows)  # refuses what is no window
+        if isinstance(self.refresh, tuple):
+            self._require(
+                "refresh",
+                tuple,
+                lambda x: all(isinstance(t, int | float) and 0 <= t < 1 for t in x),
+                "None, a number of steps, or shares of the steps in [0, 1)",
+            )
+        elif self.refresh is not None:
+            self._require(
+                "refresh", int, lambda x: x >= 1, "None, a number of steps >= 1, or shares"
+            )
+        if self.vote_threshold_log2 is not None:
+            self._require("vote_threshold_log2", float, lambda x: x < 0, "None or below 0")
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the schedule's last dense step is where blocks are chosen."""
+        return self.search == "ahead"
+
+    def block_size(self, grid: TokenGrid) -> tuple[int, int]:
+        """Square blocks."""
+        return (self.block, self.block)
+
+    def order(self, site: AttentionSite) -> TokenOrder | None:
+        """The windows, if there are any."""
+        return TokenOrder(self.windows) if self.windows else None
+
+    def choose_windows(
+        self, query: Tensor, key: Tensor, site: AttentionSite, lse: Tensor | None
+    ) -> Tensor:
+        """The window under which a head's best blocks hold the most mass, judged by a sample of its query blocks."""
+        order, block = self.order(site), self.block_size(site.grid)[0]
+        shares = []
+        for window in order.windows:
+            alone = TokenOrder((window,))
+            q, k = alone.apply(site.grid, query, key)
+            blocks = q.shape[1] // block
+            step = max(1, blocks // SAMPLED_BLOCKS)
+            sample = slice(step // 2, blocks, step)
+            q = q[:, : blocks * block].unflatten(1, (blocks, block))[:, sample].flatten(1, 2)
+            rows = None
+            if lse is not None:
+                rows = alone.apply_rows(site.grid, lse)[..., : blocks * block]
+                rows = rows.unflatten(-1, (blocks, block))[..., sample, :].flatten(-2)
+            mass = block_mass(q, k, (block, block), scale=site.scale, lse=rows)
+            shares.append(recall(mass, row_top_k(mass, min(self.density, 0.5))).mean(0))
+        return torch.stack(shares).argmax(0).to(torch.int32)
+
+    def refreshes(self, site: AttentionSite, last_refresh: int | None) -> bool:
+        """The first time, and as `refresh` says."""
+        if last_refresh is None:
+            return True
+        if isinstance(self.refresh, tuple):
+            steps = [round(t * site.num_steps) for t in self.refresh] if site.num_steps else []
+            return any(last_refresh < step <= site.step for step in steps)
+        return self.refresh is not None and site.step - last_refresh >= self.refresh
+
+    def searches_dense(self, site: AttentionSite, last_refresh: int | None) -> bool:
+        """The first time, if told so; later choices are made in the call that uses them."""
+        return self.search == "dense" and last_refresh is None
+
+    def vote_threshold(self, site: AttentionSite) -> float | None:
+        """As configured, at every step."""
+        return self.vote_threshold_log2
+
+    def keep_blocks(
+        self, query: Tensor, key: Tensor, site: AttentionSite, *, lse: Tensor | None = None
+    ) -> Tensor:
+        """Score, then budget, over the blocks of the grid; all that touches other tokens is the caller's to add."""
+        size = self.block_size(site.grid)
+        video = site.grid.whole_blocks(size[0], reordered=self.order(site) is not None)
+        if self.producer == "mass":
+            scores = block_mass(query, key, size, scale=site.scale, lse=lse)
+            visual = scores[..., video, video]
+        else:
+            scores = pooled_scores(query, key, size, scale=site.scale)
+            visual = scores[..., video, video].softmax(-1)
+        keep = torch.zeros_like(scores, dtype=torch.bool)
+        keep[..., video, video] = self._spend(visual)
+        return keep
+
+    def _spend(self, scores: Tensor) -> Tensor:
+        if self.budget == "row_top_p":
+            return row_top_p(scores, self.density)
+        if self.budget == "head_percentile":
+            return head_percentile(scores, self.density)
+        chosen = row_top_k(scores, self.density)
+        if self.budget == "head_adaptive":
+            chosen = row_top_k(scores, head_adaptive_density(recall(scores, chosen), self.density))
+        return chosen
+
+    def default_schedule(self) -> Schedule:
+        """Dense above noise level 0.95: 14 % of the steps at a flow shift of 3, 20 % at 5, the first of 4 with a LoRA."""
+        return Schedule(dense_above_sigma=0.95)
