@@ -83,13 +83,16 @@ def main(out: Path | None = None, layers: int = 8) -> None:
 
 
 def build(sizes: dict, layers: int, device: str):
-    """A `WanTransformer3DModel` of random weights in bfloat16."""
+    """A `WanTransformer3DModel` of random weights, in the dtypes that `from_pretrained(torch_dtype=bfloat16)` gives."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
     with torch.device(device):
         model = WanTransformer3DModel(**sizes, num_layers=layers)
-    return model.to(torch.bfloat16).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if not set(name.split(".")) & set(model._keep_in_fp32_modules):
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model.eval().requires_grad_(False)
 
 
 def measure(model, latent: tuple[int, ...], *, compiled: bool = True) -> Iterator[dict]:
