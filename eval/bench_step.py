@@ -22,8 +22,6 @@ import torch
 from torch import Tensor
 
 import sparsediff
-from sparsediff.budget import row_top_k
-from sparsediff.kernels.block_scores import block_mass
 from sparsediff.methods import AttentionSite, Auto
 from sparsediff.schedule import Schedule
 
@@ -48,10 +46,12 @@ class Ladder(Auto):
         """At the first timestep of each density."""
         return site.step % CALLS == 0
 
-    def keep_blocks(self, query: Tensor, key: Tensor, site: AttentionSite) -> Tensor:
-        """The heaviest blocks of each row."""
-        mass = block_mass(query, key, self.block_size(site.grid))
-        return row_top_k(mass, DENSITIES[site.step // CALLS % len(DENSITIES)])
+    def keep_blocks(
+        self, query: Tensor, key: Tensor, site: AttentionSite, *, lse: Tensor | None = None
+    ) -> Tensor:
+        """As `auto` does at the density of the timestep."""
+        rung = Auto(density=DENSITIES[site.step // CALLS % len(DENSITIES)])
+        return rung.keep_blocks(query, key, site, lse=lse)
 
 
 def main(out: Path | None = None, layers: int = 8) -> None:

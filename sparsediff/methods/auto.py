@@ -8,6 +8,7 @@ nothing needs calibrating; and from all of them the finding that the pattern har
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 from sparsediff.methods.base import AttentionSite
@@ -65,6 +66,7 @@ class Auto(Custom):
         return TokenOrder(tuple(dict.fromkeys((PATCHES[block], column(site.grid, block)))))
 
 
+@lru_cache(maxsize=32)
 def column(grid: TokenGrid, block: int) -> Window:
     """About `block` tokens of all frames: the box that divides the frame and comes nearest."""
     frames, height, width = grid.shape
