@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsediff.kernels._block_mass_sm90 import COLUMNS, PAIR_ROWS, ROWS, block_mass_sm90
-from sparsediff.kernels._block_sparse_gluon import _descriptor, multiprocessors
+from sparsediff.kernels._block_sparse_gluon import multiprocessors, tma_descriptor
 from sparsediff.kernels.tuning import hopper_mass_ring
 
 
@@ -32,8 +32,8 @@ def block_mass(
     space = torch.empty(programs, 2, tiles * COLUMNS.value // bk + 1, width, device=device)
     block_d = 64 if head_dim == 64 else 128
     block_mass_sm90[(programs,)](
-        _descriptor(query, 64, block_d),
-        _descriptor(key, COLUMNS.value, block_d),
+        tma_descriptor(query, 64, block_d),
+        tma_descriptor(key, COLUMNS.value, block_d),
         # a pointer that its flag switches off still has to be a tensor
         mass if lse is None else lse.contiguous(),
         space,

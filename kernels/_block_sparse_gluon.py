@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +14,75 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from sparsediff.block_mask import BlockMask
 from sparsediff.kernels import block_lists
 from sparsediff.kernels._block_sparse_sm90 import block_sparse_fwd_sm90
-from sparsediff.kernels.quantize import QuantizedPair, quantize_pair
 from sparsediff.kernels.tuning import hopper_ring
+
+# 3 x 128 + 32 threads share 64k registers at the start; the consumers then take 240 each.
+ENTRY_REGISTERS = 168
+
+
+class Prepared(NamedTuple):
+    """What both Hopper kernels are launched with besides their operands."""
+
+    out: Tensor
+    lse: Tensor | None
+    vote: Tensor | None
+    mass: Tensor | None
+    counts: Tensor  # int32 [B * H * Mq]
+    lists: Tensor  # int32 [B, H, Mq, Nk]
+    order: Tensor  # int32 [B * H * Mq]
+    draw: Tensor  # int32 [1]
+    space: Tensor  # float32 [programs, 2, Nk + 1, 128]
+
+    def byproducts(self, lse_prev: Tensor | None) -> tuple[Tensor, ...]:
+        """Pointers in the order of the kernels' arguments; one that its flag switches off still is a tensor."""
+        return (
+            self.out if self.lse is None else self.lse,
+            self.counts if self.vote is None else self.vote.view(torch.uint8),
+            self.out if self.mass is None else self.mass,
+            self.out if lse_prev is None else lse_prev.contiguous(),
+            self.space,
+        )
+
+    def flags(self, lse_prev: Tensor | None) -> dict[str, bool]:
+        """Which by-products are compiled in."""
+        return {
+            "WITH_LSE": self.lse is not None,
+            "WITH_VOTE": self.vote is not None,
+            "WITH_MASS": self.mass is not None,
+            "HAS_LSE_PREV": self.mass is not None and lse_prev is not None,
+        }
+
+
+def prepare(
+    value: Tensor,
+    mask: BlockMask,
+    seq_q: int,
+    *,
+    kv_lengths: Tensor | None = None,
+    vote_threshold: float | None = None,
+    want_lse: bool = False,
+    want_mass: bool = False,
+) -> Prepared:
+    """Outputs, and the walk over the rows of the lists."""
+    batch, _, heads, head_dim = value.shape
+    (mq, nk), device = mask.num_blocks, value.device
+    out = torch.empty(batch, seq_q, heads, head_dim, dtype=value.dtype, device=device)
+    lse = torch.empty(batch, heads, seq_q, device=device) if want_lse else None
+    vote = mass = None
+    if vote_threshold is not None:
+        vote = torch.zeros(batch, heads, mq, nk, device=device, dtype=torch.bool)
+    if want_mass:
+        mass = torch.zeros(batch, heads, mq, nk, device=device)
+    counts = mask.kv_num_blocks
+    if kv_lengths is not None:
+        counts = block_lists.visible_counts(
+            counts, mask.kv_indices, kv_lengths, mask.block_size[1], batch, heads
+        )
+    counts, order, draw = block_lists.order(counts, batch, heads)
+    lists = mask.kv_indices.contiguous().expand(batch, heads, mq, nk)
+    programs = min(multiprocessors(device), len(counts))
+    space = torch.empty(programs, 2, nk + 1, 128, device=device) if want_mass else out
+    return Prepared(out, lse, vote, mass, counts, lists, order, draw, space)
 
 
 def attend(
@@ -31,133 +99,42 @@ def attend(
     want_mass: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Same contract as `_block_sparse_reference.attend`; no host synchronisation."""
-    return _launch(
-        query,
-        key,
+    _, seq_q, heads, head_dim = query.shape
+    call = prepare(
         value,
         mask,
-        scale=scale,
+        seq_q,
         kv_lengths=kv_lengths,
         vote_threshold=vote_threshold,
-        lse_prev=lse_prev,
         want_lse=want_lse,
         want_mass=want_mass,
     )
-
-
-def attend_int8(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: BlockMask,
-    *,
-    scale: float,
-    kv_lengths: Tensor | None = None,
-    vote_threshold: float | None = None,
-    lse_prev: Tensor | None = None,
-    want_lse: bool = False,
-    want_mass: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """`attend` with 8-bit logits; calls with key lengths, or that ask for a vote, stay in 16 bits.
-
-    A vote compares logits with a threshold, and its margin for the rounding of 8 bits is not measured yet; the mean of
-    the keys would have to leave out what lies past a length.
-    """
-    if kv_lengths is not None or vote_threshold is not None:
-        return attend(
-            query,
-            key,
-            value,
-            mask,
-            scale=scale,
-            kv_lengths=kv_lengths,
-            vote_threshold=vote_threshold,
-            lse_prev=lse_prev,
-            want_lse=want_lse,
-            want_mass=want_mass,
-        )
-    pair = quantize_pair(query, key, mask.block_size[1])
-    shift = scale * pair.shift  # what the kernel's logits lack
-    out, lse, _, mass = _launch(
-        pair.query,
-        pair.key,
-        value,
-        mask,
-        scale=scale,
-        lse_prev=None if lse_prev is None else lse_prev - shift,
-        want_lse=want_lse,
-        want_mass=want_mass,
-        pair=pair,
-    )
-    return out, None if lse is None else lse + shift, None, mass
-
-
-def _launch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: BlockMask,
-    *,
-    scale: float,
-    kv_lengths: Tensor | None = None,
-    vote_threshold: float | None = None,
-    lse_prev: Tensor | None = None,
-    want_lse: bool = False,
-    want_mass: bool = False,
-    pair: QuantizedPair | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    batch, seq_q, heads, head_dim = query.shape
-    (mq, nk), device = mask.num_blocks, query.device
-    out = torch.empty(query.shape, dtype=value.dtype, device=device)
-    lse = torch.empty(batch, heads, seq_q, device=device) if want_lse else None
-    vote = mass = None
-    if vote_threshold is not None:
-        vote = torch.zeros(batch, heads, mq, nk, device=device, dtype=torch.bool)
-    if want_mass:
-        mass = torch.zeros(batch, heads, mq, nk, device=device)
-    num_rows = batch * heads * mq
+    num_rows = len(call.counts)
     if num_rows == 0:
-        return out, lse, vote, mass
-    counts = mask.kv_num_blocks
-    if kv_lengths is not None:
-        counts = block_lists.visible_counts(
-            counts, mask.kv_indices, kv_lengths, mask.block_size[1], batch, heads
-        )
-    counts, order, draw = block_lists.order(counts, batch, heads)
-    lists = mask.kv_indices.contiguous().expand(batch, heads, mq, nk)
+        return call[:4]
     block_n, block_d = mask.block_size[1], 64 if head_dim == 64 else 128
-    ring, alias = hopper_ring(block_n, block_d, pair is not None)
-    programs = min(multiprocessors(device), num_rows)
-    space = torch.empty(programs, nk + 1, 128, device=device) if want_mass else out
-    block_sparse_fwd_sm90[(programs,)](
+    ring, alias = hopper_ring(block_n, block_d)
+    block_sparse_fwd_sm90[(min(multiprocessors(query.device), num_rows),)](
         # inputs and output
-        _descriptor(query, 64, block_d),
-        _descriptor(key, block_n, block_d),
-        _descriptor(value, block_n, block_d),
-        _descriptor(out, 64, block_d),
-        # by-products; a pointer that its flag switches off still has to be a tensor
-        out if lse is None else lse,
-        counts if vote is None else vote.view(torch.uint8),
-        out if mass is None else mass,
-        out if lse_prev is None else lse_prev.contiguous(),
-        space,
+        tma_descriptor(query, 64, block_d),
+        tma_descriptor(key, block_n, block_d),
+        tma_descriptor(value, block_n, block_d),
+        tma_descriptor(call.out, 64, block_d),
+        *call.byproducts(lse_prev),
         # mask
-        counts,
-        lists,
-        counts if kv_lengths is None else kv_lengths,
-        order,
-        draw,
-        counts if pair is None else pair.query_scale,
-        counts if pair is None else pair.key_scale,
-        *lists.stride()[:2],
+        call.counts,
+        call.lists,
+        call.counts if kv_lengths is None else kv_lengths,
+        call.order,
+        call.draw,
+        *call.lists.stride()[:2],
         # numbers
         scale,
         0.0 if vote_threshold is None else vote_threshold,
         heads,
         seq_q,
         key.shape[1],
-        mq,
-        nk,
+        *mask.num_blocks,
         num_rows,
         # what is compiled
         RING=ring,
@@ -165,19 +142,14 @@ def _launch(
         BLOCK_D=block_d,
         ALIAS=alias,
         HAS_LENGTHS=kv_lengths is not None,
-        WITH_LSE=lse is not None,
-        WITH_VOTE=vote is not None,
-        WITH_MASS=want_mass,
-        HAS_LSE_PREV=want_mass and lse_prev is not None,
-        INT8=pair is not None,
+        **call.flags(lse_prev),
         num_warps=4,
-        # 3 x 128 + 32 threads share 64k registers at the start; the consumers then take 240 each
-        maxnreg=168,
+        maxnreg=ENTRY_REGISTERS,
     )
-    return out, lse, vote, mass
+    return call[:4]
 
 
-def _descriptor(x: Tensor, rows: int, block_d: int) -> TensorDescriptor:
+def tma_descriptor(x: Tensor, rows: int, block_d: int) -> TensorDescriptor:
     """TMA view `[B, H, S, D]` of a `[B, S, H, D]` tensor, in boxes of `rows x block_d`.
 
     TMA wants a unit last stride and everything else on 16 bytes; a tensor that is not so is copied.

@@ -13,9 +13,7 @@ and nothing overlaps PV.  `tests/kernels/test_aot.py` reads the machine code to 
 With `WITH_MASS` every row of every tile leaves the logarithm of its sum in a workspace that belongs to the program, and
 the finished row of blocks turns them into mass: `exp(log sum - log-sum-exp)`, summed over rows in a fixed order.
 
-With `INT8` the logits come from 8-bit queries (a scale a row) and keys (a scale a block), as in SageAttention
-(arXiv 2411.10958).  Converting integers to floats would share a pipe with the exponentials, so the accumulator starts
-from the bits of 1.5 * 2**23: what the tensor cores add to it is then a float already, exact up to 2**22.
+`_block_sparse_8bit_sm90.py` is the same walk with 8-bit operands.
 """
 
 from triton.experimental import gluon
@@ -33,136 +31,24 @@ from sparsediff.kernels._hopper import (
     LOG2E,
     assembly,
     clear_past,
-    draw,
-    hand_over,
     log2,
     pass_turn,
+    place,
+    produce,
+    row_list,
     store_mass,
     store_vote,
     take_over,
     take_turn,
 )
 
-MAGIC_BITS = gl.constexpr(0x4B400000)
-MAGIC = gl.constexpr(12582912.0)  # 1.5 * 2**23
-
 
 @gluon.jit
-def _scores(
-    q_smem,
-    k_buffer,
-    BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    INT8: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):
-    """Start S = Q K^T of one tile; see the file's docstring for the 8-bit accumulator."""
+def _scores(q_smem, k_buffer, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr):
+    """Start S = Q K^T of one tile."""
     k_smem = k_buffer.reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
-    if INT8:
-        b_start = gl.full([64, BLOCK_N], MAGIC_BITS, gl.int32, LAYOUT)
-        return warpgroup_mma(q_smem, k_smem, b_start, use_acc=True, is_async=True)
-    else:
-        b_start = gl.zeros([64, BLOCK_N], gl.float32, LAYOUT)
-        return warpgroup_mma(q_smem, k_smem, b_start, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _place(i_row, num_heads, q_blocks):
-    """Batch, head and place of a row of the lists."""
-    i_bh = i_row // q_blocks
-    return i_bh // num_heads, i_bh % num_heads, i_row % q_blocks
-
-
-@gluon.jit
-def _list(kv_indices_ptr, i_b, i_h, i_m, stride_ib, stride_ih, kv_blocks):
-    return (
-        kv_indices_ptr
-        + i_b.to(gl.int64) * stride_ib
-        + i_h.to(gl.int64) * stride_ih
-        + i_m.to(gl.int64) * kv_blocks
-    )
-
-
-@gluon.jit
-def _producer(
-    q_desc,
-    k_desc,
-    v_desc,
-    q_bufs,
-    k_bufs,
-    v_bufs,
-    q_full,
-    q_empty,
-    full,
-    empty,
-    work,
-    work_full,
-    work_empty,
-    kv_num_blocks_ptr,
-    kv_indices_ptr,
-    order_ptr,
-    draw_ptr,
-    stride_ib,
-    stride_ih,
-    num_heads,
-    q_blocks,
-    kv_blocks,
-    num_rows,
-    RING: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-):
-    K_BYTES: gl.constexpr = k_desc.block_type.nbytes
-    V_BYTES: gl.constexpr = v_desc.block_type.nbytes
-    turn = 0
-    rows = 0
-    item = draw(gl.program_id(0), order_ptr, kv_num_blocks_ptr, num_rows)
-    while item >= 0:
-        hand_over(item, work, work_full, work_empty, rows & 1, (rows >> 1) & 1)
-        count = (item >> 32).to(gl.int32)
-        i_b, i_h, i_m = _place(item.to(gl.int32), num_heads, q_blocks)
-        p_list = _list(kv_indices_ptr, i_b, i_h, i_m, stride_ib, stride_ih, kv_blocks)
-        # An empty row runs one masked tile; what its list names is arbitrary.
-        current = gl.where(count > 0, gl.load(p_list + gl.maximum(count - 1, 0)), 0)
-        following = gl.load(p_list + gl.maximum(count - 2, 0))
-        stage = turn % RING
-        mbarrier.wait(empty.index(stage), ((turn // RING) & 1) ^ 1)
-        mbarrier.expect(full.index(stage), K_BYTES)
-        tma.async_copy_global_to_shared(
-            k_desc, [i_b, i_h, current * BLOCK_N, 0], full.index(stage), k_bufs.index(stage)
-        )
-        for w in gl.static_range(2):
-            mbarrier.wait(q_empty.index(w), (rows & 1) ^ 1)
-            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                q_desc, [i_b, i_h, i_m * 128 + w * 64, 0], q_full.index(w), q_bufs.index(w)
-            )
-        turn += 1
-        # The consumers have a tile to work on while the next draw is on its way.
-        t = gl.num_programs(0) + gl.atomic_add(draw_ptr, 1)
-        item = draw(t, order_ptr, kv_num_blocks_ptr, num_rows)
-        for j in range(1, count):
-            after = gl.load(p_list + gl.maximum(count - 2 - j, 0))
-            stage = turn % RING
-            mbarrier.wait(empty.index(stage), ((turn // RING) & 1) ^ 1)
-            mbarrier.expect(full.index(stage), K_BYTES + V_BYTES)
-            tma.async_copy_global_to_shared(
-                k_desc, [i_b, i_h, following * BLOCK_N, 0], full.index(stage), k_bufs.index(stage)
-            )
-            tma.async_copy_global_to_shared(
-                v_desc, [i_b, i_h, current * BLOCK_N, 0], full.index(stage), v_bufs.index(stage)
-            )
-            current = following
-            following = after
-            turn += 1
-        stage = turn % RING
-        mbarrier.wait(empty.index(stage), ((turn // RING) & 1) ^ 1)
-        mbarrier.expect(full.index(stage), V_BYTES)
-        tma.async_copy_global_to_shared(
-            v_desc, [i_b, i_h, current * BLOCK_N, 0], full.index(stage), v_bufs.index(stage)
-        )
-        turn += 1
-        rows += 1
-    hand_over(item, work, work_full, work_empty, rows & 1, (rows >> 1) & 1)
+    b_start = gl.zeros([64, BLOCK_N], gl.float32, LAYOUT)
+    return warpgroup_mma(q_smem, k_smem, b_start, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -186,8 +72,6 @@ def _consumer(
     space_ptr,
     kv_indices_ptr,
     kv_lengths_ptr,
-    q_scale_ptr,
-    k_scale_ptr,
     stride_ib,
     stride_ih,
     scale,
@@ -206,13 +90,10 @@ def _consumer(
     WITH_VOTE: gl.constexpr,
     WITH_MASS: gl.constexpr,
     HAS_LSE_PREV: gl.constexpr,
-    INT8: gl.constexpr,
     GROUP: gl.constexpr,
 ):
     DTYPE: gl.constexpr = v_bufs.dtype
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [4, 1], [16, BLOCK_N, 32 if INT8 else 16]
-    )
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROW_S: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
@@ -224,14 +105,12 @@ def _consumer(
     qk_scale = scale * LOG2E
     if GROUP == 1:
         assembly("bar.arrive 9, 256; mov.u32 $0, 0;")
-    if WITH_MASS:
-        p_space = space_ptr + gl.program_id(0).to(gl.int64) * (kv_blocks + 1) * 128
     item = take_over(work, work_full, work_empty, 0, 0)
     while item >= 0:
         count = (item >> 32).to(gl.int32)
         i_row = item.to(gl.int32)
-        i_b, i_h, i_m = _place(i_row, num_heads, q_blocks)
-        p_list = _list(kv_indices_ptr, i_b, i_h, i_m, stride_ib, stride_ih, kv_blocks)
+        i_b, i_h, i_m = place(i_row, num_heads, q_blocks)
+        p_list = row_list(kv_indices_ptr, i_b, i_h, i_m, stride_ib, stride_ih, kv_blocks)
         current = gl.where(count > 0, gl.load(p_list + gl.maximum(count - 1, 0)), 0)
         length = seq_k
         if HAS_LENGTHS:
@@ -249,45 +128,30 @@ def _consumer(
             b_threshold = gl.where(o_m < seq_q, vote_threshold, float("inf"))
             if GROUP == 0:
                 gl.store(vote_ptr + i_row.to(gl.int64) * kv_blocks + current, 1, mask=count > 0)
-        if WITH_VOTE or INT8:
+        if WITH_VOTE:
             following = gl.where(count > 1, gl.load(p_list + gl.maximum(count - 2, 0)), 0)
 
         # The first tile, the only one that can be ragged
         mbarrier.wait(q_full.index(GROUP), rows & 1)
         mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
         take_turn(GROUP)
-        b_s = _scores(q_smem, k_bufs.index(turn % RING), BLOCK_N, BLOCK_D, INT8, S_LAYOUT)
+        b_s = _scores(q_smem, k_bufs.index(turn % RING), BLOCK_N, BLOCK_D, S_LAYOUT)
         pass_turn(GROUP)
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
         mbarrier.arrive(empty.index(turn % RING), count=1)
-        b_scale = qk_scale
-        if INT8:
-            b_s = b_s.to(gl.float32, bitcast=True)
-            b_row_scale = qk_scale * gl.load(
-                q_scale_ptr + (i_row // q_blocks).to(gl.int64) * seq_q + o_m,
-                mask=o_m < seq_q,
-                other=1.0,
-            )
-            p_k_scale = k_scale_ptr + (i_row // q_blocks).to(gl.int64) * kv_blocks
-            b_scale = b_row_scale * gl.load(p_k_scale + current)
         if current * BLOCK_N + BLOCK_N > length:
             o_n = current * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
             b_s = gl.where((o_n < length)[None, :], b_s, float("-inf"))
-        if INT8:
-            b_m = (gl.max(b_s, 1) - MAGIC) * b_scale
-            # An empty row leaves the maximum at -inf, and -inf - -inf is NaN.
-            b_shift = gl.where(b_m == float("-inf"), 0.0, b_m) + MAGIC * b_scale
-            b_p = gl.exp2(b_s * b_scale[:, None] - b_shift[:, None])
-        else:
-            b_m = gl.max(b_s, 1) * qk_scale
-            b_shift = gl.where(b_m == float("-inf"), 0.0, b_m)
-            b_p = gl.exp2(b_s * qk_scale - b_shift[:, None])
+        b_m = gl.max(b_s, 1) * qk_scale
+        # An empty row leaves the maximum at -inf, and -inf - -inf is NaN.
+        b_shift = gl.where(b_m == float("-inf"), 0.0, b_m)
+        b_p = gl.exp2(b_s * qk_scale - b_shift[:, None])
         b_l = gl.sum(b_p, 1)
         if WITH_MASS:
+            i_space = (gl.program_id(0) * 2 + (rows & 1)).to(gl.int64)
+            p_space = space_ptr + i_space * (kv_blocks + 1) * 128
             p_left = p_space + GROUP * 64 + gl.arange(0, 64, layout=ROW_S)
             gl.store(p_left, b_m + log2(b_l))
-        if INT8:
-            k_scale = gl.load(p_k_scale + following)
         turn += 1
         mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
         if HAS_LENGTHS and current * BLOCK_N + BLOCK_N > length:
@@ -297,28 +161,18 @@ def _consumer(
         for j in range(1, count):
             stage = turn % RING
             take_turn(GROUP)
-            b_s = _scores(q_smem, k_bufs.index(stage), BLOCK_N, BLOCK_D, INT8, S_LAYOUT)
+            b_s = _scores(q_smem, k_bufs.index(stage), BLOCK_N, BLOCK_D, S_LAYOUT)
             b_o = warpgroup_mma(
                 b_pd, v_bufs.index(stage).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
             )
             pass_turn(GROUP)
             b_s = warpgroup_mma_wait(1, deps=(b_s,))
-            if INT8:
-                b_s = b_s.to(gl.float32, bitcast=True)
-                b_scale = b_row_scale * k_scale
-                b_top = (gl.max(b_s, 1) - MAGIC) * b_scale
-            else:
-                b_top = gl.max(b_s, 1) * qk_scale
+            b_top = gl.max(b_s, 1) * qk_scale
             if WITH_VOTE:
                 store_vote(b_top - (b_m + b_threshold), p_vote + following)
-            if WITH_VOTE or INT8:
                 following = gl.load(p_list + gl.maximum(count - 2 - j, 0))
             b_m_new = gl.maximum(b_m, b_top)
-            if INT8:
-                b_p = gl.exp2(b_s * b_scale[:, None] - (b_m_new + MAGIC * b_scale)[:, None])
-                k_scale = gl.load(p_k_scale + following)
-            else:
-                b_p = gl.exp2(b_s * qk_scale - b_m_new[:, None])
+            b_p = gl.exp2(b_s * qk_scale - b_m_new[:, None])
             b_alpha = gl.exp2(b_m - b_m_new)
             b_sum = gl.sum(b_p, 1)
             b_l = b_l * b_alpha + b_sum
@@ -400,8 +254,6 @@ def block_sparse_fwd_sm90(
     kv_lengths_ptr,
     order_ptr,
     draw_ptr,
-    q_scale_ptr,
-    k_scale_ptr,
     stride_ib,
     stride_ih,
     scale,
@@ -421,7 +273,6 @@ def block_sparse_fwd_sm90(
     WITH_VOTE: gl.constexpr,
     WITH_MASS: gl.constexpr,
     HAS_LSE_PREV: gl.constexpr,
-    INT8: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """Attention of query blocks of 128 rows over key blocks of `BLOCK_N`.
@@ -429,9 +280,8 @@ def block_sparse_fwd_sm90(
     Descriptors are over `[B, H, S, D]` views: `[1, 1, 64, BLOCK_D]` boxes of queries and output, `[1, 1, BLOCK_N,
     BLOCK_D]` of keys and values.  `kv_num_blocks_ptr` and `order_ptr` are `int32 [B * H * Mq]`, counts of blocks that
     begin before the key length; `draw_ptr` `int32 [1]`, `vote_ptr` `uint8 [B, H, Mq, Nk]` and `mass_ptr` `float32
-    [B, H, Mq, Nk]` start as zeros; `space_ptr` is `float32 [programs, Nk + 1, 128]`.
+    [B, H, Mq, Nk]` start as zeros; `space_ptr` is `float32 [programs, 2, Nk + 1, 128]`.
     `ALIAS`: the output shares Q's buffers, which makes room for a third stage.
-    With `INT8`, `q_scale_ptr` is `float32 [B, H, Sq]` and `k_scale_ptr` `float32 [B, H, Nk]`.
     """
     q_bufs = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, BLOCK_D], q_desc.layout)
     k_bufs = gl.allocate_shared_memory(k_desc.dtype, [RING, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
@@ -465,9 +315,8 @@ def block_sparse_fwd_sm90(
                 (
                     out_desc, q_bufs, k_bufs, v_bufs, out_bufs, q_full, q_empty, full, empty, work, work_full,
                     work_empty, lse_ptr, vote_ptr, mass_ptr, lse_prev_ptr, space_ptr, kv_indices_ptr, kv_lengths_ptr,
-                    q_scale_ptr, k_scale_ptr, stride_ib, stride_ih, scale, vote_threshold, num_heads, seq_q, seq_k,
-                    q_blocks, kv_blocks, RING, BLOCK_N, BLOCK_D, ALIAS, HAS_LENGTHS, WITH_LSE, WITH_VOTE, WITH_MASS,
-                    HAS_LSE_PREV, INT8, 0,
+                    stride_ib, stride_ih, scale, vote_threshold, num_heads, seq_q, seq_k, q_blocks, kv_blocks, RING,
+                    BLOCK_N, BLOCK_D, ALIAS, HAS_LENGTHS, WITH_LSE, WITH_VOTE, WITH_MASS, HAS_LSE_PREV, 0,
                 ),
             ),
             (
@@ -475,17 +324,16 @@ def block_sparse_fwd_sm90(
                 (
                     out_desc, q_bufs, k_bufs, v_bufs, out_bufs, q_full, q_empty, full, empty, work, work_full,
                     work_empty, lse_ptr, vote_ptr, mass_ptr, lse_prev_ptr, space_ptr, kv_indices_ptr, kv_lengths_ptr,
-                    q_scale_ptr, k_scale_ptr, stride_ib, stride_ih, scale, vote_threshold, num_heads, seq_q, seq_k,
-                    q_blocks, kv_blocks, RING, BLOCK_N, BLOCK_D, ALIAS, HAS_LENGTHS, WITH_LSE, WITH_VOTE, WITH_MASS,
-                    HAS_LSE_PREV, INT8, 1,
+                    stride_ib, stride_ih, scale, vote_threshold, num_heads, seq_q, seq_k, q_blocks, kv_blocks, RING,
+                    BLOCK_N, BLOCK_D, ALIAS, HAS_LENGTHS, WITH_LSE, WITH_VOTE, WITH_MASS, HAS_LSE_PREV, 1,
                 ),
             ),
             (
-                _producer,
+                produce,
                 (
                     q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, q_empty, full, empty, work, work_full,
                     work_empty, kv_num_blocks_ptr, kv_indices_ptr, order_ptr, draw_ptr, stride_ib, stride_ih,
-                    num_heads, q_blocks, kv_blocks, num_rows, RING, BLOCK_N,
+                    num_heads, q_blocks, kv_blocks, num_rows, RING, BLOCK_N, False,
                 ),
             ),
         ],

@@ -2,7 +2,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 LOG2E = gl.constexpr(1.4426950408889634)  # exp(x) == exp2(x * LOG2E)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -117,8 +117,11 @@ def store_mass(
     count,
     GROUP: gl.constexpr,
 ):
-    """Mass of a finished row of blocks: the warpgroups take every other chunk of its list."""
-    CHUNK: gl.constexpr = 32
+    """Mass of a finished row of blocks: the warpgroups take every other chunk of its list.
+
+    Rows of blocks use two workspaces in turn, so that nobody writes what the other warpgroup still reads.
+    """
+    CHUNK: gl.constexpr = 64
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
     assembly("bar.sync 11, 256; mov.u32 $0, 0;")
     o_j = GROUP * CHUNK + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, LAYOUT))
@@ -127,7 +130,6 @@ def store_mass(
         b_mass = sum_rows(p_space, o_j, count, 0, 128, 128, True, LAYOUT)
         gl.store(p_mass + o_n, b_mass, mask=o_j < count)
         o_j += 2 * CHUNK
-    assembly("bar.sync 11, 256; mov.u32 $0, 0;")
 
 
 @gluon.jit
@@ -143,3 +145,125 @@ def clear_past(v_buffer, valid, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
         o_n = start + gl.arange(0, 32, layout=gl.SliceLayout(1, LAYOUT))
         part.store(gl.where((o_n < valid)[:, None], part.load(LAYOUT), 0.0))
     fence_async_shared()
+
+
+@gluon.jit
+def place(i_row, num_heads, q_blocks):
+    """Batch, head and place of a row of the lists."""
+    i_bh = i_row // q_blocks
+    return i_bh // num_heads, i_bh % num_heads, i_row % q_blocks
+
+
+@gluon.jit
+def row_list(kv_indices_ptr, i_b, i_h, i_m, stride_ib, stride_ih, kv_blocks):
+    """The list of query block `i_m`."""
+    return (
+        kv_indices_ptr
+        + i_b.to(gl.int64) * stride_ib
+        + i_h.to(gl.int64) * stride_ih
+        + i_m.to(gl.int64) * kv_blocks
+    )
+
+
+@gluon.jit
+def _load_values(v_desc, v_buffer, barrier, i_b, i_h, start, TRANSPOSED: gl.constexpr):
+    if TRANSPOSED:
+        tma.async_copy_global_to_shared(v_desc, [i_b, i_h, 0, start], barrier, v_buffer)
+    else:
+        tma.async_copy_global_to_shared(v_desc, [i_b, i_h, start, 0], barrier, v_buffer)
+
+
+@gluon.jit
+def produce(
+    q_desc,
+    k_desc,
+    v_desc,
+    q_bufs,
+    k_bufs,
+    v_bufs,
+    q_full,
+    q_empty,
+    full,
+    empty,
+    work,
+    work_full,
+    work_empty,
+    kv_num_blocks_ptr,
+    kv_indices_ptr,
+    order_ptr,
+    draw_ptr,
+    stride_ib,
+    stride_ih,
+    num_heads,
+    q_blocks,
+    kv_blocks,
+    num_rows,
+    RING: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    V_TRANSPOSED: gl.constexpr,
+):
+    """Follow the lists with TMA: stage j of the ring gets K[j] and V[j-1]; with `V_TRANSPOSED` V is `[B, H, D, S]`."""
+    K_BYTES: gl.constexpr = k_desc.block_type.nbytes
+    V_BYTES: gl.constexpr = v_desc.block_type.nbytes
+    turn = 0
+    rows = 0
+    item = draw(gl.program_id(0), order_ptr, kv_num_blocks_ptr, num_rows)
+    while item >= 0:
+        hand_over(item, work, work_full, work_empty, rows & 1, (rows >> 1) & 1)
+        count = (item >> 32).to(gl.int32)
+        i_b, i_h, i_m = place(item.to(gl.int32), num_heads, q_blocks)
+        p_list = row_list(kv_indices_ptr, i_b, i_h, i_m, stride_ib, stride_ih, kv_blocks)
+        # An empty row runs one masked tile; what its list names is arbitrary.
+        current = gl.where(count > 0, gl.load(p_list + gl.maximum(count - 1, 0)), 0)
+        following = gl.load(p_list + gl.maximum(count - 2, 0))
+        stage = turn % RING
+        mbarrier.wait(empty.index(stage), ((turn // RING) & 1) ^ 1)
+        mbarrier.expect(full.index(stage), K_BYTES)
+        tma.async_copy_global_to_shared(
+            k_desc, [i_b, i_h, current * BLOCK_N, 0], full.index(stage), k_bufs.index(stage)
+        )
+        for w in gl.static_range(2):
+            mbarrier.wait(q_empty.index(w), (rows & 1) ^ 1)
+            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                q_desc, [i_b, i_h, i_m * 128 + w * 64, 0], q_full.index(w), q_bufs.index(w)
+            )
+        turn += 1
+        # The consumers have a tile to work on while the next draw is on its way.
+        t = gl.num_programs(0) + gl.atomic_add(draw_ptr, 1)
+        item = draw(t, order_ptr, kv_num_blocks_ptr, num_rows)
+        for j in range(1, count):
+            after = gl.load(p_list + gl.maximum(count - 2 - j, 0))
+            stage = turn % RING
+            mbarrier.wait(empty.index(stage), ((turn // RING) & 1) ^ 1)
+            mbarrier.expect(full.index(stage), K_BYTES + V_BYTES)
+            tma.async_copy_global_to_shared(
+                k_desc, [i_b, i_h, following * BLOCK_N, 0], full.index(stage), k_bufs.index(stage)
+            )
+            _load_values(
+                v_desc,
+                v_bufs.index(stage),
+                full.index(stage),
+                i_b,
+                i_h,
+                current * BLOCK_N,
+                V_TRANSPOSED,
+            )
+            current = following
+            following = after
+            turn += 1
+        stage = turn % RING
+        mbarrier.wait(empty.index(stage), ((turn // RING) & 1) ^ 1)
+        mbarrier.expect(full.index(stage), V_BYTES)
+        _load_values(
+            v_desc,
+            v_bufs.index(stage),
+            full.index(stage),
+            i_b,
+            i_h,
+            current * BLOCK_N,
+            V_TRANSPOSED,
+        )
+        turn += 1
+        rows += 1
+    hand_over(item, work, work_full, work_empty, rows & 1, (rows >> 1) & 1)

@@ -26,7 +26,13 @@ from sparsediff.kernels._block_bitmap_fwd import pack_rows
 from sparsediff.kernels._block_sparse_fwd import block_sparse_fwd
 from sparsediff.kernels._token_order_fwd import gather_rows
 from sparsediff.kernels.token_order import TILE_BYTES
-from sparsediff.kernels.tuning import Tile, get_tile, hopper_mass_ring, hopper_ring
+from sparsediff.kernels.tuning import (
+    Tile,
+    get_tile,
+    hopper_8bit_ring,
+    hopper_mass_ring,
+    hopper_ring,
+)
 
 ARCHITECTURES = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
 AMD = "gfx942"  # MI300: the portable kernels compile for it, and nobody has run them there
@@ -146,43 +152,60 @@ def compile_kernel(
 
 
 def hopper_attention(
-    dtype: str,
-    head_dim: int,
-    block_n: int,
-    *,
-    byproducts: bool,
-    lengths: bool = False,
-    int8: bool = False,
+    dtype: str, head_dim: int, block_n: int, *, byproducts: bool, lengths: bool = False
 ) -> Compiled:
     """Compile the Hopper kernel for key blocks of `block_n`; `byproducts` turns on LSE, vote and mass."""
     from sparsediff.kernels._block_sparse_sm90 import block_sparse_fwd_sm90
 
     block_d = 64 if head_dim == 64 else 128
-    ring, alias = hopper_ring(block_n, block_d, int8)
+    ring, alias = hopper_ring(block_n, block_d)
     constants = {
         "RING": ring,
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
         "ALIAS": alias,
         "HAS_LENGTHS": lengths,
-        "WITH_LSE": byproducts,
-        "WITH_VOTE": byproducts,
-        "WITH_MASS": byproducts,
-        "HAS_LSE_PREV": False,
-        "INT8": int8,
+        **_byproduct_flags(byproducts),
     }
-    logits = "i8" if int8 else dtype
     boxes = {
-        "q_desc": (logits, 64, block_d),
-        "k_desc": (logits, block_n, block_d),
-        "v_desc": (dtype, block_n, block_d),
-        "out_desc": (dtype, 64, block_d),
+        name: (dtype, rows, block_d)
+        for name, rows in (
+            ("q_desc", 64),
+            ("k_desc", block_n),
+            ("v_desc", block_n),
+            ("out_desc", 64),
+        )
     }
-    flags = [
-        k for k, on in (("int8", int8), ("byproducts", byproducts), ("lengths", lengths)) if on
-    ]
-    name = " ".join(["hopper", dtype, f"D{head_dim}", f"128x{block_n}", f"ring {ring}", *flags])
+    flags = f"{' byproducts' if byproducts else ''}{' lengths' if lengths else ''}"
+    name = f"hopper {dtype} D{head_dim} 128x{block_n} ring {ring}{flags}"
     return _compile_gluon(name, block_sparse_fwd_sm90, boxes, constants, maxnreg=168)
+
+
+def hopper_8bit(dtype: str, *, fp8_pv: bool, byproducts: bool) -> Compiled:
+    """Compile the Hopper kernel with 8-bit logits and, with `fp8_pv`, values."""
+    from sparsediff.kernels._block_sparse_8bit_sm90 import block_sparse_fwd_8bit_sm90
+
+    ring = hopper_8bit_ring(fp8_pv)
+    constants = {
+        "RING": ring,
+        "BLOCK_N": 128,
+        "BLOCK_D": 128,
+        "FP8_PV": fp8_pv,
+        **_byproduct_flags(byproducts),
+    }
+    boxes = {
+        "q_desc": ("i8", 64, 128),
+        "k_desc": ("i8", 128, 128),
+        "v_desc": ("fp8e4nv" if fp8_pv else dtype, 128, 128),
+        "out_desc": (dtype, 64, 128),
+    }
+    form = "int8 fp8" if fp8_pv else "int8"
+    name = f"hopper {dtype} D128 128x128 ring {ring} {form}{' byproducts' if byproducts else ''}"
+    return _compile_gluon(name, block_sparse_fwd_8bit_sm90, boxes, constants, maxnreg=168)
+
+
+def _byproduct_flags(on: bool) -> dict[str, bool]:
+    return {"WITH_LSE": on, "WITH_VOTE": on, "WITH_MASS": on, "HAS_LSE_PREV": False}
 
 
 def hopper_mass(
@@ -219,13 +242,13 @@ def _compile_gluon(
     }
     signature = {
         **{
-            n: f"tensordesc<{dtype}[1, 1, {rows}, {width}],{layouts[8 if dtype == 'i8' else 16]!r}>"
+            n: f"tensordesc<{dtype}[1, 1, {rows}, {width}],{layouts[16 if dtype in _DTYPES else 8]!r}>"
             for n, (dtype, rows, width) in boxes.items()
         },
         **dict.fromkeys(("kv_num_blocks_ptr", "kv_indices_ptr", "kv_lengths_ptr"), "*i32"),
         **dict.fromkeys(("order_ptr", "draw_ptr"), "*i32"),
         **dict.fromkeys(("lse_ptr", "lse_prev_ptr", "mass_ptr", "space_ptr"), "*fp32"),
-        **dict.fromkeys(("q_scale_ptr", "k_scale_ptr"), "*fp32"),
+        **dict.fromkeys(("q_scale_ptr", "k_scale_ptr", "v_scale_ptr", "error_ptr"), "*fp32"),
         "vote_ptr": "*u8",
         "scale": "fp32",
         "vote_threshold": "fp32",
@@ -312,7 +335,8 @@ def every_kernel(arch: str) -> Iterator[Compiled]:
         for head_dim, block_n, byproducts in product((64, 128), (128, 64), (False, True)):
             yield hopper_attention("bf16", head_dim, block_n, byproducts=byproducts)
         yield hopper_attention("bf16", 128, 128, byproducts=True, lengths=True)
-        yield hopper_attention("bf16", 128, 128, byproducts=False, int8=True)
+        for fp8_pv, byproducts in product((False, True), (False, True)):
+            yield hopper_8bit("bf16", fp8_pv=fp8_pv, byproducts=byproducts)
         for head_dim, block, own_lse in product((64, 128), (64, 128), (False, True)):
             yield hopper_mass("bf16", head_dim, (block, block), own_lse=own_lse)
 
@@ -326,7 +350,7 @@ def few_kernels(arch: str) -> Iterator[Compiled]:
     if arch == "sm90":
         yield hopper_attention("bf16", 128, 128, byproducts=False)
         yield hopper_attention("bf16", 64, 128, byproducts=True)
-        yield hopper_attention("bf16", 128, 128, byproducts=True, int8=True)
+        yield hopper_8bit("bf16", fp8_pv=True, byproducts=True)
         yield hopper_mass("bf16", 128, (128, 128), own_lse=True)
 
 

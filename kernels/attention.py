@@ -11,6 +11,7 @@ with `j` running over the tokens of the key blocks that the mask keeps for the q
 | `triton`    | CUDA   | fp16, bf16, fp32 | 64, 96, 128, 256 | portable kernel, SM80 and newer; blocks of multiples of 16 |
 | `gluon`     | SM90   | fp16, bf16       | 64, 96, 128 | Hopper kernel (TMA, warp specialisation); blocks 128x128, 128x64 |
 | `gluon_int8` | SM90  | fp16, bf16       | 128      | the same with 8-bit logits: faster, less exact, by name only |
+| `gluon_fp8` | SM90   | fp16, bf16       | 128      | 8-bit values as well: faster and less exact again, by name only |
 
 The vote is LiteAttention's (arXiv 2511.11062); the exact block mass under a cached log-sum-exp is AdaSpa's
 (arXiv 2502.21079).
@@ -41,7 +42,8 @@ _BACKENDS = {
     "cpu": ("sparsediff.kernels._block_sparse_cpu", "attend"),
     "triton": ("sparsediff.kernels._block_sparse_triton", "attend"),
     "gluon": ("sparsediff.kernels._block_sparse_gluon", "attend"),
-    "gluon_int8": ("sparsediff.kernels._block_sparse_gluon", "attend_int8"),
+    "gluon_int8": ("sparsediff.kernels._block_sparse_8bit_gluon", "attend_int8"),
+    "gluon_fp8": ("sparsediff.kernels._block_sparse_8bit_gluon", "attend_fp8"),
 }
 
 
@@ -232,7 +234,8 @@ def _select(
         )
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' needs CPU tensors, got {device.type}; use 'auto'")
-    limits = {"triton": _why_not_triton, "gluon": _why_not_gluon, "gluon_int8": _why_not_int8}
+    limits = {"triton": _why_not_triton, "gluon": _why_not_gluon}
+    limits |= dict.fromkeys(("gluon_int8", "gluon_fp8"), _why_not_8bit)
     if backend in limits and (why_not := limits[backend](device, dtype, head_dim, block_size)):
         raise ValueError(f"backend {backend!r} cannot run here: {why_not}; use 'auto'")
     return BackendChoice(backend, "asked for by name")
@@ -246,7 +249,8 @@ def available_backends() -> dict[str, str]:
         "cpu": "",
         "triton": _why_not_triton(device, torch.bfloat16, 128, (128, 128)),
         "gluon": _why_not_gluon(device, torch.bfloat16, 128, (128, 128)),
-        "gluon_int8": _why_not_int8(device, torch.bfloat16, 128, (128, 128)),
+        "gluon_int8": _why_not_8bit(device, torch.bfloat16, 128, (128, 128)),
+        "gluon_fp8": _why_not_8bit(device, torch.bfloat16, 128, (128, 128)),
     }
 
 
@@ -288,10 +292,10 @@ def _why_not_gluon(
     return why_not_hopper(capability, dtype.itemsize * 8, head_dim, tuple(block_size))
 
 
-def _why_not_int8(
+def _why_not_8bit(
     device: torch.device, dtype: torch.dtype, head_dim: int, block_size: tuple[int, int]
 ) -> str:
-    """One line on what keeps 8-bit logits from serving such a call, or ""."""
+    """One line on what keeps the 8-bit kernel from serving such a call, or ""."""
     if why_not := _why_not_gluon(device, dtype, head_dim, block_size):
         return why_not
     if head_dim != 128 or tuple(block_size) != (128, 128):

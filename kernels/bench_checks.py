@@ -170,39 +170,6 @@ def check_backend(
         }
 
 
-def check_int8() -> Iterator[dict]:
-    """8-bit logits against float64, on plain noise and on keys with outlier channels as trained models have them."""
-    for what, outlier in (("normal", 0.0), ("outlier channels", 8.0)):
-        for seq in (1000, 2048):
-            shape = (1, 2, seq, 128)
-            q, k, v = make_inputs(shape, seed=seq)
-            k[..., ::32] = k[..., ::32] * 3 + outlier
-            q[..., ::32] *= 3 if outlier else 1
-            keep = torch.rand(1, 2, -(-seq // 128), -(-seq // 128), device=DEVICE) < 0.5
-            keep[0, 0, 0] = False
-            mask = spoil(BlockMask.from_dense(keep, (128, 128), (seq, seq)))
-            exact = reference(
-                *(x.double() for x in (q, k, v)), mask, scale=128**-0.5, want_lse=True
-            )
-            errors = {}
-            for backend in ("gluon_int8", "gluon"):
-                got = attend_blocks(q, k, v, mask, return_lse=True, backend=backend)
-                finite = exact[1].isfinite()
-                errors[backend] = {
-                    "relative_error": ((got.out - exact[0]).norm() / exact[0].norm()).item(),
-                    "lse_error": (got.lse - exact[1])[finite].abs().max().item(),
-                    "finite": bool(got.out.isfinite().all()),
-                }
-            good = errors["gluon_int8"]["finite"] and errors["gluon_int8"]["relative_error"] < 0.05
-            yield {
-                "kind": "check",
-                "what": f"8-bit logits, {what}",
-                "seq": seq,
-                "ok": good,
-                **errors,
-            }
-
-
 def check_graph(backend: str) -> dict:
     """The kernel can be captured in a CUDA graph and replayed on other inputs."""
     shape = (1, 2, 500, 128)

@@ -125,3 +125,21 @@ def timing(shape: str, what: str, density: float, ms: float, flops: float, **mor
         "tflops": rate,
         **more,
     }
+
+
+def paired_ms(runs: dict[str, Callable[[], object]], repeats: int = 9) -> dict[str, float]:
+    """Median times of runs that take turns, in another order every round: a card at its power limit drifts."""
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for i in range(repeats):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            torch.cuda._sleep(2_000_000)
+            start.record()
+            runs[name]()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end))
+    return {name: statistics.median(measured) for name, measured in times.items()}

@@ -25,7 +25,6 @@ from sparsediff.kernels.bench_inputs import (
     tile_flops,
     timing,
 )
-from sparsediff.kernels.quantize import quantize_pair
 from sparsediff.kernels.tuning import Tile
 
 
@@ -79,21 +78,6 @@ def time_gluon() -> Iterator[dict]:
     for shape in ("wan75", "wan32"):
         yield time_attention("gluon", shape, 0.2, (128, 64))
         yield time_attention("gluon", shape, 0.2, uneven=True, label=" uneven rows")
-
-
-def time_int8() -> Iterator[dict]:
-    """8-bit logits, quantisation counted in and alone."""
-    for shape in ("wan75", "wan32"):
-        for density in (1.0, 0.2):
-            yield time_attention("gluon_int8", shape, density)
-        q, k, _ = make_inputs(SHAPES[shape])
-        ms = median_ms(partial(quantize_pair, q, k, 128), 100)
-        yield {
-            "kind": "lists",
-            "shape": shape,
-            "what": "quantise query and key",
-            "ms": round(ms, 4),
-        }
 
 
 def time_triton() -> Iterator[dict]:

@@ -1,7 +1,9 @@
-"""Queries and keys in 8 bits, as in SageAttention (arXiv 2411.10958).
+"""Queries, keys and values in 8 bits, as in SageAttention (arXiv 2410.02367) and SageAttention2 (arXiv 2411.10958).
 
 Keys lose their mean over tokens first: it shifts all logits of a query alike, which softmax does not see, and it is
-most of what outlier channels are made of.  Queries get a scale a token, keys a scale a block of the mask.
+most of what outlier channels are made of.  Any vector would do for the shift, so the mean is taken over a sample.
+Queries get a scale a token, keys a scale a block of the mask, both in integers.  Values are in e4m3, which rounds a
+number by at most 1/16 of itself whatever its size, with a scale a block.
 """
 
 from __future__ import annotations
@@ -13,6 +15,12 @@ from torch import Tensor
 
 from sparsediff.kernels.block_scores import block_means
 
+MEAN_TOKENS = 4096  # at least as many keys make the mean, where there are as many
+# Position of a token among 32 in transposed values: the order in which a thread of the tensor cores holds its
+# probabilities, four to a register.  Position p holds token PV_ORDER[p].
+PV_ORDER = tuple(16 * (p // 16) + 8 * (p // 2 % 2) + 2 * (p // 4 % 4) + p % 2 for p in range(32))
+P_BITS = 8  # probabilities reach 2**8 in e4m3, whose largest number is 448
+
 
 class QuantizedPair(NamedTuple):
     """8-bit query and key with what turns their product back into logits: `q_scale * k_scale * (q . k)`.
@@ -23,6 +31,8 @@ class QuantizedPair(NamedTuple):
         query_scale: `float32 [B, H, Sq]`.
         key_scale: `float32 [B, H, Nk]`.
         shift: `float32 [B, H, Sq]`, query times the key mean: what every logit of a query lacks before scaling.
+        error: `float32 [B, H, Sq]`, standard error of a query's logits before scaling, if rounding is as random as it
+            looks.
     """
 
     query: Tensor
@@ -30,21 +40,44 @@ class QuantizedPair(NamedTuple):
     query_scale: Tensor
     key_scale: Tensor
     shift: Tensor
+    error: Tensor
+
+
+class QuantizedValues(NamedTuple):
+    """8-bit values for the second product.
+
+    Attributes:
+        value: `float8_e4m3fn [B, H, D, Nk * block]`, transposed, tokens of every 32 in `PV_ORDER`, zeros past the end.
+        scale: `float32 [B, H, Nk + 1]`: for every block what it adds to the base-2 exponents of its probabilities;
+            then what the sum of products is multiplied by.
+    """
+
+    value: Tensor
+    scale: Tensor
 
 
 def quantize_pair(query: Tensor, key: Tensor, key_block: int) -> QuantizedPair:
-    """Quantise `[B, S, H, D]` query and key; on CUDA three passes without copies."""
+    """Quantise `[B, S, H, D]` query and key; on CUDA one pass over each."""
     return (
-        quantize_triton(query, key, key_block)
+        quantize_pair_triton(query, key, key_block)
         if query.is_cuda
-        else quantize_reference(query, key, key_block)
+        else quantize_pair_reference(query, key, key_block)
     )
 
 
-def quantize_reference(query: Tensor, key: Tensor, key_block: int) -> QuantizedPair:
+def quantize_values(value: Tensor, block: int) -> QuantizedValues:
+    """Quantise `[B, S, H, D]` values in blocks of a multiple of 32 tokens; on CUDA one pass."""
+    run = quantize_values_triton if value.is_cuda else quantize_values_reference
+    return run(value, block)
+
+
+# -- references -----------------------------------------------------------------------------------------------------
+
+
+def quantize_pair_reference(query: Tensor, key: Tensor, key_block: int) -> QuantizedPair:
     """`quantize_pair` in plain torch."""
     q, k = (x.float().transpose(1, 2) for x in (query, key))  # [B, H, S, D]
-    mean = k.mean(2, keepdim=True)
+    mean = _sample(key).float().mean(1)[:, :, None]
     shift = (q * mean).sum(-1)
     q_scale = q.abs().amax(-1).clamp_min(1e-6) / 127
     k = k - mean
@@ -53,39 +86,87 @@ def quantize_reference(query: Tensor, key: Tensor, key_block: int) -> QuantizedP
     )
     k_scale = padded.abs().amax((-1, -2)).clamp_min(1e-6) / 127
     spread = k_scale.repeat_interleave(key_block, -1)[..., : k.shape[2], None]
-    q8, k8 = _away_from_zero(q / q_scale[..., None]), _away_from_zero(k / spread)
+    q8, k8 = (q / q_scale[..., None]).round().to(torch.int8), (k / spread).round().to(torch.int8)
+    from_query = q_scale * k.norm(dim=-1).amax(-1, keepdim=True)
+    from_key = k_scale.amax(-1, keepdim=True) * q.norm(dim=-1)
+    error = ((from_query.square() + from_key.square()) / 12).sqrt()
     return QuantizedPair(
-        q8.transpose(1, 2).contiguous(), k8.transpose(1, 2).contiguous(), q_scale, k_scale, shift
+        q8.transpose(1, 2).contiguous(),
+        k8.transpose(1, 2).contiguous(),
+        q_scale,
+        k_scale,
+        shift,
+        error,
     )
 
 
-def quantize_triton(query: Tensor, key: Tensor, key_block: int) -> QuantizedPair:
+def quantize_values_reference(value: Tensor, block: int) -> QuantizedValues:
+    """`quantize_values` in plain torch."""
+    v = value.float().permute(0, 2, 3, 1)  # [B, H, D, S]
+    v = torch.nn.functional.pad(v, (0, -v.shape[-1] % block)).unflatten(-1, (-1, block))
+    top = v.abs().amax((2, 4)).clamp_min(1e-20)  # [B, H, Nk]
+    v8 = (v * (448 / top)[:, :, None, :, None]).to(torch.float8_e4m3fn).flatten(-2)
+    v8 = v8.view(torch.uint8).unflatten(-1, (-1, 32))[..., list(PV_ORDER)].flatten(-2)
+    return QuantizedValues(v8.contiguous().view(torch.float8_e4m3fn), _value_scale(top))
+
+
+# -- launchers ------------------------------------------------------------------------------------------------------
+
+
+def quantize_pair_triton(query: Tensor, key: Tensor, key_block: int) -> QuantizedPair:
     """`quantize_pair` by kernels."""
-    from sparsediff.kernels._quantize_fwd import quantize_block
+    from sparsediff.kernels._quantize_fwd import quantize_keys, quantize_queries
 
-    batch, seq_k, heads, dim = key.shape
-    blocks = -(-seq_k // key_block)
-    tokens = (
-        seq_k - torch.arange(0, seq_k, key_block, device=key.device, dtype=torch.float32)
-    ).clamp(max=key_block)
-    mean = (block_means(key, key_block) * tokens[:, None]).sum(2) / seq_k  # [B, H, D]
-    pair = []
-    for x, block, per_row in ((query, 64, True), (key, key_block, False)):
-        x = x if x.stride(-1) == 1 else x.contiguous()
-        seq = x.shape[1]
-        count = -(-seq // block)
-        out = torch.empty(batch, seq, heads, dim, dtype=torch.int8, device=x.device)
-        scale = torch.empty(batch, heads, seq if per_row else blocks, device=x.device)
-        shift = torch.empty(batch, heads, seq, device=x.device) if per_row else scale
-        if out.numel():
-            quantize_block[(count, batch * heads)](
-                x, mean, out, scale, shift, *x.stride()[:3], heads, seq, count,
-                BLOCK=block, HEAD_DIM=dim, BLOCK_D=1 << (dim - 1).bit_length(), PER_ROW=per_row, num_warps=4,
-            )  # fmt: skip
-        pair.append((out, scale, shift))
-    (q8, q_scale, shift), (k8, k_scale, _) = pair
-    return QuantizedPair(q8, k8, q_scale, k_scale, shift)
+    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+    batch, seq_q, heads, dim = query.shape
+    seq_k = key.shape[1]
+    device, blocks, width = key.device, -(-seq_k // key_block), 1 << (dim - 1).bit_length()
+    sample = _sample(key)
+    tokens = sample.shape[1] - torch.arange(
+        0, sample.shape[1], 64, device=device, dtype=torch.float32
+    )
+    mean = (block_means(sample, 64) * tokens.clamp(max=64)[:, None]).sum(2) / sample.shape[1]
+    q8, k8 = (torch.empty(x.shape, dtype=torch.int8, device=device) for x in (query, key))
+    k_scale, k_norm = (torch.empty(batch, heads, blocks, device=device) for _ in range(2))
+    q_scale, shift, error = (torch.empty(batch, heads, seq_q, device=device) for _ in range(3))
+    if k8.numel():
+        quantize_keys[(batch * heads, blocks)](
+            key, mean, k8, k_scale, k_norm, *key.stride()[:3], heads, seq_k, blocks,
+            BLOCK=key_block, HEAD_DIM=dim, BLOCK_D=width, num_warps=4,
+        )  # fmt: skip
+    if q8.numel():
+        quantize_queries[(batch * heads, -(-seq_q // 32))](
+            query, mean, k_norm.amax(-1), k_scale.amax(-1), q8, q_scale, shift, error,
+            *query.stride()[:3], heads, seq_q,
+            BLOCK=32, HEAD_DIM=dim, BLOCK_D=width, num_warps=4,
+        )  # fmt: skip
+    return QuantizedPair(q8, k8, q_scale, k_scale, shift, error)
 
 
-def _away_from_zero(x: Tensor) -> Tensor:
-    return (x + torch.where(x >= 0, 0.5, -0.5)).trunc().to(torch.int8)
+def quantize_values_triton(value: Tensor, block: int) -> QuantizedValues:
+    """`quantize_values` by a kernel; `D` must be a power of 2."""
+    from sparsediff.kernels import _quantize_fwd
+
+    value = value if value.stride(-1) == 1 else value.contiguous()
+    batch, seq, heads, dim = value.shape
+    blocks, device = -(-seq // block), value.device
+    v8 = torch.empty(batch, heads, dim, blocks * block, dtype=torch.float8_e4m3fn, device=device)
+    top = torch.empty(batch, heads, blocks, device=device)
+    if v8.numel():
+        _quantize_fwd.quantize_values[(batch * heads, blocks)](
+            value, v8, top, *value.stride()[:3], heads, seq, blocks,
+            BLOCK=block, HEAD_DIM=dim, num_warps=4,
+        )  # fmt: skip
+    return QuantizedValues(v8, _value_scale(top))
+
+
+def _sample(key: Tensor) -> Tensor:
+    return key[:, :: max(1, key.shape[1] // MEAN_TOKENS)]
+
+
+def _value_scale(top: Tensor) -> Tensor:
+    """`QuantizedValues.scale` from the largest magnitude of every block, `[B, H, Nk]`."""
+    best = top.amax(-1, keepdim=True)
+    # A block 2**60 times smaller than another adds nothing that float32 could show.
+    exponent = P_BITS + (top / best).log2().clamp_min(-60)
+    return torch.cat([exponent, best / 448 * 2.0**-P_BITS], -1)

@@ -16,11 +16,12 @@ from sparsediff.kernels import block_bitmap, block_lists, block_scores, token_or
 from sparsediff.kernels.attention import attend_blocks
 from sparsediff.kernels.bench_inputs import DEVICE, make_inputs, spoil
 
-# Backend -> blocks and head size; gluon_int8 takes what gluon does.
+# Backend -> blocks and head size
 FORMS = {
     "triton": (((128, 128), 128), ((64, 64), 64), ((128, 64), 96)),
     "gluon": (((128, 128), 128), ((128, 64), 64)),
     "gluon_int8": (((128, 128), 128),),
+    "gluon_fp8": (((128, 128), 128),),
 }
 
 

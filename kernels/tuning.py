@@ -65,16 +65,19 @@ def architecture(capability: tuple[int, int]) -> str:
     return f"sm{older[-1]}"
 
 
-def hopper_ring(block_n: int, block_d: int, int8: bool = False) -> tuple[int, bool]:
+def hopper_ring(block_n: int, block_d: int) -> tuple[int, bool]:
     """Stages of the Hopper kernel's ring, and whether the output must share Q's buffers to make room for them.
 
     Three stages of 64 KB give TMA a full turn and fill the 227 KB of an SM; smaller tiles leave room for both.
     """
-    if int8:
-        return 3, False
     if block_d == 64:
         return 4, False
     return (3, True) if block_n == 128 else (5, False)
+
+
+def hopper_8bit_ring(fp8_pv: bool) -> int:
+    """Stages of the ring with 8-bit keys, and with 16-bit or 8-bit values: 48 or 32 KB a stage."""
+    return 5 if fp8_pv else 3
 
 
 def hopper_mass_ring(block_d: int) -> int:

@@ -25,7 +25,8 @@ def assert_sound(kernel):
     name = kernel["kernel"]
     if name.startswith("hopper"):
         assert kernel["registers"] == 168, "the warpgroups' register budget starts from 168"
-        assert kernel["stack_bytes"] == 0
+        # With all by-products the 8-bit kernel sets a few registers aside between rows of blocks.
+        assert kernel["stack_bytes"] <= (16 if "fp8 byproducts" in name else 0), kernel
         tile_columns = int(name.split("128x")[1].split()[0])
         assert len(kernel["overlapped_exponentials"]) == 2, name
         # Each thread has half a row of a 64-row tile pair: BLOCK_N / 2 exponentials, minus a few that may lag.
@@ -38,7 +39,9 @@ def assert_sound(kernel):
     else:
         # A few spills before and after the loop are harmless; hundreds of bytes are in the loop.
         assert kernel["stack_bytes"] <= 192, kernel
-    limit = {"sm86": 99, "sm89": 99, "sm120": 99, "sm80": 163, "gfx942": 64}.get(kernel["arch"], 227)
+    limit = {"sm86": 99, "sm89": 99, "sm120": 99, "sm80": 163, "gfx942": 64}.get(
+        kernel["arch"], 227
+    )
     assert kernel["shared_bytes"] <= limit * 1024, kernel
 
 

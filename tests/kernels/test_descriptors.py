@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
-from sparsediff.kernels._block_sparse_gluon import _descriptor
+from sparsediff.kernels._block_sparse_gluon import tma_descriptor
 
 
 def seen(descriptor):
@@ -28,7 +28,7 @@ def make(*shape):
     ids=["contiguous", "head-major", "fused", "wide"],
 )
 def test_a_view_without_a_copy(x):
-    descriptor = _descriptor(x, 64, 64)
+    descriptor = tma_descriptor(x, 64, 64)
     assert descriptor.base.data_ptr() == x.data_ptr()
     assert torch.equal(seen(descriptor), x.transpose(1, 2))
     assert descriptor.block_shape == [1, 1, 64, 64]
@@ -45,14 +45,14 @@ def test_a_view_without_a_copy(x):
     ids=["last stride", "odd stride", "stride 0", "address"],
 )
 def test_what_tma_cannot_read_is_copied(x):
-    descriptor = _descriptor(x, 64, 64)
+    descriptor = tma_descriptor(x, 64, 64)
     assert descriptor.base.data_ptr() != x.data_ptr()
     assert torch.equal(seen(descriptor), x.transpose(1, 2))
 
 
 def test_one_form_serves_many_tensors():
     first, second = make(1, 5, 3, 64), make(1, 5, 3, 64) + 1
-    descriptors = [_descriptor(x, 64, 64) for x in (first, second, first)]
+    descriptors = [tma_descriptor(x, 64, 64) for x in (first, second, first)]
     assert [d.base.data_ptr() for d in descriptors] == [
         x.data_ptr() for x in (first, second, first)
     ]
@@ -61,5 +61,5 @@ def test_one_form_serves_many_tensors():
 
 def test_strides_of_single_heads_and_batches_do_not_matter():
     x = make(1, 5, 1, 64).as_strided((1, 5, 1, 64), (7, 64, 3, 1))
-    assert torch.equal(_descriptor(x, 64, 64).base, x)
-    assert _descriptor(x, 64, 64).base.data_ptr() == x.data_ptr()
+    assert torch.equal(tma_descriptor(x, 64, 64).base, x)
+    assert tma_descriptor(x, 64, 64).base.data_ptr() == x.data_ptr()

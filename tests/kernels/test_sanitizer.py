@@ -27,6 +27,7 @@ pytestmark = [
         ("memcheck", "triton"),
         ("memcheck", "gluon"),
         ("memcheck", "gluon_int8"),
+        ("memcheck", "gluon_fp8"),
         ("racecheck", "triton"),
     ],
 )
