@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparsediff.block_mask import BlockMask
 from sparsediff.kernels._block_sparse_fwd import block_sparse_fwd
+from sparsediff.kernels.launcher import aligned, launch_kernel
 from sparsediff.kernels.tuning import Tile, get_tile
 
 # What the interpreter pretends to be; it has no device to ask.
@@ -89,6 +90,7 @@ def launch(
     # A pointer that its flag switches off still has to be a tensor.
     value = key if value is None else _unit_stride(value)
     result = query if out is None else out
+    lse_prev = None if lse_prev is None else lse_prev.contiguous()
     counts = mask.kv_num_blocks.expand(batch, heads, mq)
     lists = mask.kv_indices.contiguous().expand(batch, heads, mq, nk)
     if counts.stride(2) != 1:
@@ -96,37 +98,51 @@ def launch(
     grid = (batch * heads * mq * (bq // tile.block_m),)
     if 0 in (*grid, seq_q):
         return
-    block_sparse_fwd[grid](
-        # inputs
-        query,
-        key,
-        value,
-        # outputs and by-products
-        result,
-        query if lse is None else lse,
-        query if vote is None else vote.view(torch.uint8),
-        query if mass is None else mass,
-        query if lse_prev is None else lse_prev.contiguous(),
-        # mask
-        counts,
-        lists,
-        counts if kv_lengths is None else kv_lengths,
-        # strides
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *result.stride()[:3],
-        *counts.stride()[:2],
-        *lists.stride()[:2],
-        # numbers
-        scale,
-        0.0 if vote_threshold is None else vote_threshold,
-        heads,
-        seq_q,
-        key.shape[1],
-        mq,
-        nk,
-        0 if mass is None else mass.stride(0),
+    tensors = (query, key, value, result, counts, lists, kv_lengths, lse_prev)
+    tensors = [x for x in tensors if x is not None]
+    launch_kernel(
+        block_sparse_fwd,
+        grid,
+        (
+            query.device,
+            tuple((x.dtype, x.shape, x.stride()) for x in tensors),
+            mask.block_size,
+            tile,
+            tuple(x is None for x in (out, lse, vote, mass, kv_lengths)),
+            aligned(*tensors),
+        ),
+        (
+            # inputs
+            query,
+            key,
+            value,
+            # outputs and by-products
+            result,
+            query if lse is None else lse,
+            query if vote is None else vote.view(torch.uint8),
+            query if mass is None else mass,
+            query if lse_prev is None else lse_prev,
+            # mask
+            counts,
+            lists,
+            counts if kv_lengths is None else kv_lengths,
+            # strides
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            *result.stride()[:3],
+            *counts.stride()[:2],
+            *lists.stride()[:2],
+            # numbers
+            float(scale),
+            0.0 if vote_threshold is None else float(vote_threshold),
+            heads,
+            seq_q,
+            key.shape[1],
+            mq,
+            nk,
+            0 if mass is None else mass.stride(0),
+        ),
         # what is compiled
         HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),

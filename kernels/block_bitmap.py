@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsediff.block_mask import area_density, pack_bits
 from sparsediff.kernels.block_lists import lists_from_dense
+from sparsediff.kernels.launcher import aligned, launch_kernel
 
 
 class PackedMask(NamedTuple):
@@ -99,19 +100,25 @@ def pack_mask_triton(
         counts = torch.empty(batch, heads, mq, dtype=torch.int32, device=device)
         indices = torch.empty(keep.shape, dtype=torch.int32, device=device)
     chunk = min(1024, max(16, 1 << (nk - 1).bit_length()))
-    pack_rows[(batch * heads * mq,)](
-        keep.view(torch.uint8),
-        forced.contiguous().view(torch.uint8),
-        bitmap,
-        # A pointer that its flag switches off still has to be a tensor.
-        bitmap if counts is None else counts,
-        bitmap if indices is None else indices,
-        shares,
-        mq,
-        nk,
-        *block_size,
-        *seq_lengths,
-        1.0 / (batch * math.prod(seq_lengths)),
+    keep, forced = keep.view(torch.uint8), forced.contiguous().view(torch.uint8)
+    launch_kernel(
+        pack_rows,
+        (batch * heads * mq,),
+        (device, chunk, want_lists, aligned(keep, forced, bitmap)),
+        (
+            keep,
+            forced,
+            bitmap,
+            # A pointer that its flag switches off still has to be a tensor.
+            bitmap if counts is None else counts,
+            bitmap if indices is None else indices,
+            shares,
+            mq,
+            nk,
+            *block_size,
+            *seq_lengths,
+            1.0 / (batch * math.prod(seq_lengths)),
+        ),
         WITH_LISTS=want_lists,
         CHUNK=chunk,
         num_warps=max(1, chunk // 256),

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsediff.kernels.launcher import aligned, launch_kernel
+
 
 def lists_from_dense(keep: Tensor) -> tuple[Tensor, Tensor]:
     """From `keep`, `bool [B, H, Mq, Nk]`."""
@@ -90,11 +92,11 @@ def compact(keep: Tensor, num_columns: int, *, packed: bool) -> tuple[Tensor, Te
     indices = torch.empty(*keep.shape[:3], num_columns, dtype=torch.int32, device=keep.device)
     if counts.numel():
         chunk = min(1024, max(16, _power_of_2(num_columns)))
-        compact_rows[(counts.numel(),)](
-            keep,
-            counts,
-            indices,
-            num_columns,
+        launch_kernel(
+            compact_rows,
+            (counts.numel(),),
+            (keep.device, packed, chunk, aligned(keep)),
+            (keep, counts, indices, num_columns),
             PACKED=packed,
             CHUNK=chunk,
             num_warps=max(1, chunk // 256),
@@ -201,14 +203,11 @@ def order(kv_num_blocks: Tensor, batch: int, heads: int) -> tuple[Tensor, Tensor
     )
     draw = torch.empty(1, dtype=torch.int32, device=counts.device)
     if flat.numel():
-        order_rows[(batch * heads, -(-q_blocks // 32))](
-            counts,
-            flat,
-            places,
-            draw,
-            *counts.stride()[:2],
-            heads,
-            q_blocks,
+        launch_kernel(
+            order_rows,
+            (batch * heads, -(-q_blocks // 32)),
+            (counts.device, aligned(counts)),
+            (counts, flat, places, draw, *counts.stride()[:2], heads, q_blocks),
             ROWS=32,
             OTHERS=128,
             num_warps=4,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsediff.kernels.launcher import aligned, launch_kernel
+
 MAX_TENSORS = 3  # query, key and value
 # Bytes of each tensor that one program moves, two loads of 16 bytes a thread: the best of 4 to 16 KB on an H200.
 TILE_BYTES = 4096
@@ -60,14 +62,24 @@ def gather_tokens_triton(
         targets = (*outputs, *outputs[:1] * spare)
         block_d = 1 << (dim - 1).bit_length()
         rows = max(1, TILE_BYTES // (block_d * tensors[0].element_size()))
-        gather_rows[(-(-seq * num_heads // rows), batch)](
-            *sources,
-            *targets,
-            index,
-            index if heads is None else heads,
-            *(step for x in sources for step in x.stride()[:3]),
-            seq,
-            num_heads,
+        launch_kernel(
+            gather_rows,
+            (-(-seq * num_heads // rows), batch),
+            (
+                index.device,
+                tuple((x.dtype, x.shape, x.stride()) for x in tensors),
+                heads is None,
+                aligned(*sources, index, *(() if heads is None else (heads,))),
+            ),
+            (
+                *sources,
+                *targets,
+                index,
+                index if heads is None else heads,
+                *(step for x in sources for step in x.stride()[:3]),
+                seq,
+                num_heads,
+            ),
             COUNT=len(tensors),
             PER_HEAD=heads is not None,
             HEAD_DIM=dim,
