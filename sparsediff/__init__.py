@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sparsediff.api import Handle, disable, enable, list_methods
     from sparsediff.block_mask import BlockMask
+    from sparsediff.calibration import Calibration
+    from sparsediff.calibrator import calibrate
     from sparsediff.methods import (
         AdaSpa,
         AttentionSite,
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
         DraftAttention,
         LiteAttention,
         Method,
+        PAROAttention,
         SparseD,
+        SparseVDiT,
     )
     from sparsediff.report import RunReport
     from sparsediff.schedule import Schedule
@@ -42,6 +46,8 @@ if (_checkout / "pyproject.toml").is_file():
 _EXPORTS = {
     "enable": "sparsediff.api",
     "disable": "sparsediff.api",
+    "calibrate": "sparsediff.calibrator",
+    "Calibration": "sparsediff.calibration",
     "list_methods": "sparsediff.api",
     "Handle": "sparsediff.api",
     "BlockMask": "sparsediff.block_mask",
@@ -49,7 +55,9 @@ _EXPORTS = {
     "AdaSpa": "sparsediff.methods",
     "Auto": "sparsediff.methods",
     "Custom": "sparsediff.methods",
+    "PAROAttention": "sparsediff.methods",
     "SparseD": "sparsediff.methods",
+    "SparseVDiT": "sparsediff.methods",
     "DraftAttention": "sparsediff.methods",
     "LiteAttention": "sparsediff.methods",
     "Method": "sparsediff.methods",
@@ -66,18 +74,22 @@ __all__ = [
     "AttentionSite",
     "Auto",
     "BlockMask",
+    "Calibration",
     "Custom",
     "DraftAttention",
     "Handle",
     "LiteAttention",
     "Method",
+    "PAROAttention",
     "RunReport",
     "RunState",
     "Schedule",
     "Segment",
     "SparseD",
+    "SparseVDiT",
     "TokenGrid",
     "TokenOrder",
+    "calibrate",
     "disable",
     "enable",
     "list_methods",

@@ -40,6 +40,10 @@ class ModelAdapter(ABC):
         """Channels of one attention head."""
         return model.config.attention_head_dim
 
+    def num_heads(self, model: nn.Module) -> int:
+        """Attention heads of one layer."""
+        return model.config.num_attention_heads
+
     def timestep(self, arguments: Mapping[str, object]) -> Tensor | None:
         """The timestep argument, in units of `num_train_timesteps`."""
         return arguments.get("timestep")

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
 from sparsediff.adapter import ADAPTERS, adapter_for
+from sparsediff.calibration import Calibration, ModelLayout
 from sparsediff.clock import Clock
 from sparsediff.kernels.attention import DTYPES, select_backend
-from sparsediff.methods import METHODS, Method, build_method
+from sparsediff.methods import METHODS, CalibratedMethod, Method, build_method
 from sparsediff.patch import PipelinePatch, TransformerPatch, handle_of, unwrapped
 from sparsediff.recorder import Recorder
 from sparsediff.report import RunReport
 from sparsediff.schedule import Schedule
-from sparsediff.state import RunState
+from sparsediff.state import Observer, RunState
 from sparsediff.token_grid import TokenGrid
 
 COMPONENTS = ("transformer", "transformer_2")  # Wan 2.2 has two experts
@@ -27,7 +29,7 @@ def enable(
     method: str | Method = "auto",
     *,
     schedule: Schedule | None = None,
-    calibration: None = None,
+    calibration: Calibration | str | Path | None = None,
     on_unsupported: Literal["raise", "dense"] = "raise",
     **method_params: object,
 ) -> Handle:
@@ -45,7 +47,8 @@ def enable(
         pipe_or_transformer: a pipeline (all its experts are enabled), or one transformer.
         method: a name from `list_methods()`, or a configured `Method`.
         schedule: which steps and layers stay dense; None takes the method's published choice.
-        calibration: for methods that need a measured artefact.  None of those available does.
+        calibration: what `sparsediff.calibrate` measured, for methods that take one: the object, its folder, or a
+            repository of the Hugging Face hub.
         on_unsupported: what to do with a transformer or layer that cannot run sparse: raise here, or leave it dense
             and say so in the report.
         method_params: the method's parameters, under the paper's names.
@@ -58,20 +61,31 @@ def enable(
         TypeError: an argument of the wrong kind.
     """
     method = build_method(method, **method_params)
-    if calibration is not None:
-        raise ValueError(f"{method.name} takes no calibration; leave calibration=None")
+    method = _with_calibration(method, calibration)
     if schedule is not None and not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a sparsediff.Schedule, got {type(schedule).__name__}")
     if on_unsupported not in ("raise", "dense"):
         raise ValueError(f"on_unsupported must be 'raise' or 'dense', got {on_unsupported!r}")
     schedule = schedule or method.default_schedule()
-    pipe, transformers = _transformers(pipe_or_transformer)
+    return _enable(pipe_or_transformer, method, schedule, on_unsupported)
+
+
+def _enable(
+    target: object,
+    method: Method,
+    schedule: Schedule,
+    on_unsupported: str,
+    observer: Observer | None = None,
+) -> Handle:
+    pipe, transformers = _transformers(target)
     if pipe is None and schedule.needs_step_count:
         raise ValueError(
             "dense_steps as a fraction needs the number of steps, which a bare transformer does not know; enable the "
             "pipeline, or use dense_above_sigma or a whole number"
         )
     supported, unsupported = _split(transformers, method, on_unsupported)
+    if isinstance(method, CalibratedMethod) and method.calibration is not None:
+        method.calibration.check_model(_layout(supported))
     # Everything that can refuse is above.  Only an interrupt can come between here and the end.
     for model in transformers.values():
         if (former := handle_of(model)) is not None:
@@ -80,11 +94,59 @@ def enable(
         former.disable()
     handle = Handle(method, schedule, Clock(pipe), unsupported)
     try:
-        handle._patch(pipe, supported)
+        handle._patch(pipe, supported, observer)
     except BaseException:
         handle.disable()
         raise
     return handle
+
+
+def watch(target: object, observer: Observer, *, method: Method) -> Handle:
+    """`enable`, but every attention call that could run sparse goes to `observer`, which returns its output."""
+    return _enable(target, method, method.default_schedule(), "raise", observer)
+
+
+def model_layout(target: object) -> ModelLayout:
+    """What of a pipeline a calibration depends on.
+
+    Raises:
+        ValueError: it holds no transformer that is supported.
+    """
+    return _layout(_transformers(target)[1])
+
+
+def _layout(transformers: dict[str, nn.Module]) -> ModelLayout:
+    adapters = {name: adapter_for(model) for name, model in transformers.items()}
+    return ModelLayout(
+        transformers={name: type(model).__name__ for name, model in transformers.items()},
+        layers=tuple(
+            f"{name}.{layer}"
+            for name, model in transformers.items()
+            for layer, _, _ in adapters[name].attention_layers(model)
+        ),
+        heads=max(adapters[name].num_heads(model) for name, model in transformers.items()),
+        head_dim=max(adapters[name].head_dim(model) for name, model in transformers.items()),
+    )
+
+
+def _with_calibration(method: Method, calibration: Calibration | str | Path | None) -> Method:
+    takes_one = isinstance(method, CalibratedMethod)
+    if calibration is not None:
+        if not takes_one:
+            raise ValueError(f"{method.name} takes no calibration; leave calibration=None")
+        if isinstance(calibration, str | Path):
+            calibration = Calibration.from_pretrained(calibration)
+        if not isinstance(calibration, Calibration):
+            raise TypeError(
+                f"calibration must be a Calibration, a folder or a repository, got {type(calibration).__name__}"
+            )
+        method = method.calibrated(calibration)
+    if takes_one and method.needs_calibration and method.calibration is None:
+        raise ValueError(
+            f"{method.name} has to be measured first: sparsediff calibrate --method {method.name} --model MODEL "
+            f"--prompt PROMPT --out FOLDER, then enable(pipe, {method.name!r}, calibration=FOLDER)"
+        )
+    return method
 
 
 def disable(pipe_or_transformer: object) -> None:
@@ -160,7 +222,12 @@ class Handle:
         if not self._patches:
             self.disable()
 
-    def _patch(self, pipe: object | None, transformers: dict[str, nn.Module]) -> None:
+    def _patch(
+        self,
+        pipe: object | None,
+        transformers: dict[str, nn.Module],
+        observer: Observer | None = None,
+    ) -> None:
         """Change a live pipeline; `enable` calls it once."""
         for name, model in transformers.items():
             state = RunState(
@@ -171,6 +238,7 @@ class Handle:
                 schedule=self.schedule,
                 clock=self._clock,
                 recorder=self.recorder,
+                observer=observer,
             )
             self._patches[name] = patch = TransformerPatch(model, state)
             patch.apply(self)
@@ -253,7 +321,11 @@ def _check_transformer(name: str, model: nn.Module, method: Method) -> None:
     dtype = parameter.dtype if parameter.dtype in DTYPES else torch.bfloat16
     for grid in (SMALL_GRID, LARGE_GRID):
         choice = select_backend(
-            parameter.device, dtype, adapter.head_dim(model), method.block_size(grid)
+            parameter.device,
+            dtype,
+            adapter.head_dim(model),
+            method.block_size(grid),
+            method.backend,
         )
         if choice.name == "reference":
             raise ValueError(f"{name} has no fast kernel on {parameter.device}: {choice.reason}")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from sparsediff import adapter as adapters
 from sparsediff.adapter import ModelAdapter
 from sparsediff.block_mask import BlockMask, forced_blocks
+from sparsediff.calibration import Call
 from sparsediff.clock import Clock, Tick
 from sparsediff.kernels.attention import CPU_BREAK_EVEN, DTYPES, run_backend, select_backend
 from sparsediff.kernels.block_bitmap import pack_mask
@@ -45,6 +47,8 @@ LIST_CACHE_BYTES = (
 # Dense attention of one call, below which a GPU waits for launches.  Measured on one H200: 1.8e11 operations (13,312
 # tokens, 4 heads of 64) ran at half the speed of dense, 6.6e12 (32,760 tokens, 12 heads of 128) as fast as predicted.
 LAUNCH_BOUND_FLOP = 1e12
+
+Observer = Callable[[Call], Tensor]  # stands in for attention while something is measured
 
 _keys = itertools.count()
 
@@ -117,6 +121,7 @@ class RunState:
         schedule: Schedule,
         clock: Clock,
         recorder: Recorder,
+        observer: Observer | None = None,
     ) -> None:
         self.key = next(_keys)
         self.name = name
@@ -125,6 +130,7 @@ class RunState:
         self.schedule = schedule
         self.clock = clock
         self.recorder = recorder
+        self.observer = observer
         self.modules = adapter.attention_layers(model)
         self.layers = [f"{name}.{layer}" for layer, _, _ in self.modules]
         self.depths = [depth for _, _, depth in self.modules]
@@ -162,6 +168,8 @@ class RunState:
             recorder.grid = str(grid)
         except ValueError as error:
             problem = str(error)
+        if grid is not None and (used := getattr(self.method, "calibration", None)) is not None:
+            used.check_grid(grid)
         # Not the weights' device: under offloading they are still on the CPU here.
         device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
         self._seen = set()
@@ -234,29 +242,47 @@ class RunState:
     ) -> Tensor:
         """Attention of layer `index`; `[B, S, H, D]` in and out."""
         self._seen.add(index)
+
+        def dense() -> Tensor:
+            return dispatch_attention_fn(
+                query,
+                key,
+                value,
+                attn_mask=attn_mask,
+                scale=scale,
+                is_causal=is_causal,
+                enable_gqa=enable_gqa,
+                backend=self.wrappers[index].user_backend,
+            )
+
         reason, warn = self._dense_reason(query, key, attn_mask, is_causal), True
-        site = None
         if reason is None:
             site = self._site(index, scale)
             reason = self.schedule.dense_reason(site)
             warn = reason == UNKNOWN_STEPS
+            if self.observer is not None:
+                if reason is not None:
+                    self._record_dense(index, reason, warn=warn)
+
+                def sparse() -> Tensor:
+                    out, why = self._attend(index, site, query, key, value, None)
+                    if out is None:
+                        self._record_dense(index, why, warn=True)
+                    return dense() if out is None else out
+
+                choose = sparse if reason is None else None
+                return self.observer(Call(site, query, key, value, dense, choose))
             if reason is None or self._looks_ahead(site):
                 out, why = self._attend(index, site, query, key, value, reason)
                 if out is not None:
                     return out
                 reason, warn = why, True
+        self._record_dense(index, reason, warn=warn)
+        return dense()
+
+    def _record_dense(self, index: int, reason: str, *, warn: bool) -> None:
         step = self._forward.tick.step if self._forward else 0
         self.recorder.dense(self.layers[index], step, reason, warn=warn)
-        return dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            scale=scale,
-            is_causal=is_causal,
-            enable_gqa=enable_gqa,
-            backend=self.wrappers[index].user_backend,
-        )
 
     def _dense_reason(
         self, query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool
@@ -299,6 +325,7 @@ class RunState:
             grid=forward.grid,
             next_sigma=forward.tick.next_sigma,
             scale=scale,
+            name=self.layers[index],
         )
 
     def _attend(
@@ -329,14 +356,14 @@ class RunState:
         ):
             out = self._search(slot, site, query, key, value, order, backend.name)
             reason = dense_reason or "search: blocks are chosen from exact attention"
-            self.recorder.dense(self.layers[index], site.step, reason, warn=False)
+            self._record_dense(index, reason, warn=False)
             return out, None
         if choosing and order is not None and order.chosen_at_run_time:
             slot.heads = method.choose_windows(query, key, site, None)
         q, k, v = (query, key, value)
         if order is not None:
             q, k, v = order.apply(grid, query, key, value, heads=slot.heads)
-        forced = _forced(grid, block_size, query.device, order is not None)
+        forced = self._always(site, block_size, query.device, order is not None)
         if choosing:
             keep = method.keep_blocks(q, k, site, lse=slot.lse)
             mask = slot.store(keep, forced, block_size, tokens)
@@ -388,11 +415,22 @@ class RunState:
             q, k = order.apply(grid, query, key, heads=slot.heads)
             lse = order.apply_rows(grid, lse, slot.heads)
         keep = method.keep_blocks(q, k, site, lse=lse)
-        forced = _forced(grid, block_size, q.device, order is not None)
+        forced = self._always(site, block_size, q.device, order is not None)
         slot.store(keep, forced, block_size, tokens, want_mask=False)
         slot.refreshed_at = site.step
         slot.lse = lse.half() if method.keeps_lse else None
         return result.out
+
+    def _always(
+        self,
+        site: AttentionSite,
+        block_size: tuple[int, int],
+        device: torch.device,
+        reordered: bool,
+    ) -> Tensor:
+        forced = _forced(site.grid, block_size, device, reordered)
+        own = self.method.always(site)
+        return forced if own is None else forced | own.to(device)
 
     @staticmethod
     def _undo(order: TokenOrder | None, slot: _Slot, grid: TokenGrid, out: Tensor) -> Tensor:

@@ -8,14 +8,27 @@ from dataclasses import fields
 from sparsediff.methods.adaspa import AdaSpa as AdaSpa
 from sparsediff.methods.auto import Auto as Auto
 from sparsediff.methods.base import AttentionSite as AttentionSite
+from sparsediff.methods.base import CalibratedMethod as CalibratedMethod
 from sparsediff.methods.base import Method as Method
 from sparsediff.methods.custom import Custom as Custom
 from sparsediff.methods.draft_attention import DraftAttention as DraftAttention
 from sparsediff.methods.lite_attention import LiteAttention as LiteAttention
+from sparsediff.methods.paro_attention import PAROAttention as PAROAttention
 from sparsediff.methods.sparse_d import SparseD as SparseD
+from sparsediff.methods.sparse_vdit import SparseVDiT as SparseVDiT
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (Auto, LiteAttention, DraftAttention, SparseD, AdaSpa, Custom)
+    cls.name: cls
+    for cls in (
+        Auto,
+        LiteAttention,
+        DraftAttention,
+        SparseD,
+        PAROAttention,
+        SparseVDiT,
+        AdaSpa,
+        Custom,
+    )
 }
 
 

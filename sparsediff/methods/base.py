@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 from torch import Tensor
 
+from sparsediff.calibration import Calibration, Calibrator, ModelLayout
 from sparsediff.schedule import Schedule
 from sparsediff.token_grid import TokenGrid, TokenOrder
 
@@ -18,6 +19,7 @@ class AttentionSite:
     """Where in a generation one attention call stands.
 
     Attributes:
+        name: of the layer, as `component.module`.
         layer: index among the eligible attention layers of this transformer, in execution order.
         num_layers: how many there are.
         step: denoising step, from 0.
@@ -38,6 +40,7 @@ class AttentionSite:
     grid: TokenGrid
     next_sigma: float | None = None
     scale: float | None = None
+    name: str = ""
 
     def next_step(self) -> AttentionSite | None:
         """The same call one step later; None if nobody knows whether there is one."""
@@ -109,13 +112,17 @@ class Method(ABC):
         """
         raise NotImplementedError
 
+    def always(self, site: AttentionSite) -> Tensor | None:
+        """Blocks that the method keeps beside what every method must, at every step: `bool [Mq, Nk]` on the CPU."""
+        return None
+
     def default_schedule(self) -> Schedule:
         """The published choice of dense steps and layers."""
         return Schedule()
 
     def parameters(self) -> dict[str, object]:
         """Field names and values, for reports."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
 
     def _require(self, name: str, kind: type, accept: Callable[[object], bool], what: str) -> None:
         """Refuse a field whose type or value is not `what`."""
@@ -127,3 +134,31 @@ class Method(ABC):
     def __str__(self) -> str:
         inside = ", ".join(f"{k}={v!r}" for k, v in self.parameters().items())
         return f"{self.name}({inside})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedMethod(Method):
+    """A method that measures something beforehand.
+
+    Attributes:
+        calibration: what was measured; `enable(..., calibration=...)` puts it here.
+    """
+
+    # Whether it cannot run without, and whether what it measures only fits tokens of the size it was measured on.
+    needs_calibration: ClassVar[bool] = True
+    bound_to_grid: ClassVar[bool] = True
+
+    calibration: Calibration | None = field(default=None, repr=False, compare=False)
+
+    @abstractmethod
+    def calibrator(self, layout: ModelLayout) -> Calibrator:
+        """A fresh observer for `sparsediff.calibrate`."""
+
+    def calibrated(self, calibration: Calibration) -> CalibratedMethod:
+        """The same method with a calibration.
+
+        Raises:
+            ValueError: it was measured for another method.
+        """
+        calibration.check_method(self.name)
+        return replace(self, calibration=calibration)

@@ -7,18 +7,26 @@ by-product of computing the surviving tiles, makes those of the next: no profili
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sparsediff.methods.base import AttentionSite, Method
+from sparsediff.block_mask import BlockMask, forced_blocks
+from sparsediff.calibration import Calibrator, Call, ModelLayout
+from sparsediff.kernels.attention import attend_blocks
+from sparsediff.methods.base import AttentionSite, CalibratedMethod
 from sparsediff.token_grid import TokenGrid
+
+Ranges = tuple[tuple[int, int], ...]  # [start, stop) in tokens of the sequence
+LOWEST, HIGHEST = -20.0, -0.01  # thresholds that a search looks between
+PROBES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class LiteAttention(Method):
+class LiteAttention(CalibratedMethod):
     """Skip tiles that a previous step found negligible; a skipped tile never comes back within a generation.
 
     Attributes:
@@ -27,6 +35,14 @@ class LiteAttention(Method):
             Nearer 0 skips more.  (The paper writes the same as `-epsilon` in natural units: epsilon = 10 ln 2.)
         tile: `(query, key)` tokens.  The published Hopper kernel uses 128 x 176 at head size 128; a power of two is
             what our kernels run.
+        must_keep: token ranges whose tiles are visited by every query and whose queries visit every tile; text is so
+            without being named.  Ranges grow to whole tiles.
+        must_skip: token ranges that no query attends to, from the first call on; they shrink to whole tiles.
+        error: for `sparsediff calibrate`: relative L1 change of a call's output that a step's skips may cause, in the
+            middle third of the steps (published: 0.075) ...
+        error_spread: ... the first third gets this much less, the last this much more (published: 0.01).
+
+    A calibration holds a threshold for each step and layer, which then take the place of `threshold`.
 
     Mended against the published code: state is reset at every generation and kept apart per guidance branch (there,
     a second video inherited the first one's skips), is a bitmap (there, int32 lists of 13 GB for Wan 14B), and text
@@ -41,6 +57,13 @@ class LiteAttention(Method):
 
     threshold: float = -10.0
     tile: tuple[int, int] = (128, 128)
+    must_keep: Ranges = ()
+    must_skip: Ranges = ()
+    error: float = 0.075
+    error_spread: float = 0.01
+
+    needs_calibration: ClassVar[bool] = False
+    bound_to_grid: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self._require(
@@ -55,6 +78,21 @@ class LiteAttention(Method):
             lambda x: len(x) == 2 and all(isinstance(n, int) and n >= 16 for n in x),
             "two sizes >= 16, such as (128, 128)",
         )
+        for name in ("must_keep", "must_skip"):
+            self._require(
+                name,
+                tuple,
+                lambda x: all(
+                    isinstance(r, tuple)
+                    and len(r) == 2
+                    and all(isinstance(n, int) for n in r)
+                    and 0 <= r[0] < r[1]
+                    for r in x
+                ),
+                "ranges of tokens such as ((0, 128), (512, 640))",
+            )
+        self._require("error", float, lambda x: x > 0, "above 0")
+        self._require("error_spread", float, lambda x: 0 <= x < self.error, "in [0, error)")
 
     def block_size(self, grid: TokenGrid) -> tuple[int, int]:
         """The tile, whatever the grid."""
@@ -63,11 +101,116 @@ class LiteAttention(Method):
     def keep_blocks(
         self, query: Tensor, key: Tensor, site: AttentionSite, *, lse: Tensor | None = None
     ) -> Tensor:
-        """Everything: the first call of a generation visits all tiles, later ones only what its vote left."""
-        bq, bk = self.block_size(site.grid)
-        shape = (query.shape[0], query.shape[2], -(-query.shape[1] // bq), -(-key.shape[1] // bk))
-        return torch.ones(shape, dtype=torch.bool, device=query.device)
+        """Everything but `must_skip`: the first call of a generation visits all tiles, later ones what its vote left."""
+        bq, bk = self.tile
+        rows, columns = -(-query.shape[1] // bq), -(-key.shape[1] // bk)
+        keep = torch.ones(query.shape[0], query.shape[2], rows, columns, dtype=torch.bool)
+        for start, stop in self.must_skip:
+            # A last tile is whole although it is short.
+            last = columns if stop >= key.shape[1] else stop // bk
+            keep[..., -(-start // bk) : last] = False
+        return keep.to(query.device)
+
+    def always(self, site: AttentionSite) -> Tensor | None:
+        """`must_keep` as blocks, `bool [Mq, Nk]`, or None."""
+        if not self.must_keep:
+            return None
+        bq, bk = self.tile
+        tokens = site.grid.num_tokens
+        keep = torch.zeros(-(-tokens // bq), -(-tokens // bk), dtype=torch.bool)
+        for start, stop in self.must_keep:
+            keep[start // bq : -(-stop // bq)] = True
+            keep[:, start // bk : -(-stop // bk)] = True
+        return keep
 
     def vote_threshold(self, site: AttentionSite) -> float:
-        """The same at every step."""
-        return self.threshold
+        """`threshold`, or what was calibrated for this layer at this point of the run."""
+        if self.calibration is None:
+            return self.threshold
+        steps = len(self.calibration.tensors["thresholds"])
+        at = site.step if site.num_steps is None else site.step * steps // site.num_steps
+        return _thresholds(self.calibration)[min(at, steps - 1)][self.calibration.row(site.name)]
+
+    def calibrator(self, layout: ModelLayout) -> Calibrator:
+        """One pass: at every call the threshold whose skips change the output by as much as the step allows."""
+        return _LiteCalibrator(self, layout)
+
+
+@functools.lru_cache(maxsize=8)
+def _thresholds(calibration) -> list[list[float]]:
+    return calibration.tensors["thresholds"].tolist()
+
+
+def error_target(step: int, num_steps: int, error: float, spread: float) -> float:
+    """Three equal stretches of the run with rising targets: early errors have the longest to grow (section 3.4)."""
+    return error + spread * (min(2, 3 * step // num_steps) - 1)
+
+
+class _LiteCalibrator(Calibrator):
+    def __init__(self, method: LiteAttention, layout: ModelLayout) -> None:
+        self.method, self.layers = method, {name: i for i, name in enumerate(layout.layers)}
+        self.found: dict[int, Tensor] = {}  # step -> float32 [layers]
+        self.steps = 0
+        self.masks: dict[tuple[str, str], Tensor] = {}
+
+    def begin_generation(self, number: int) -> None:
+        """Masks start from everything."""
+        super().begin_generation(number)
+        self.masks.clear()
+
+    def attend(self, call: Call) -> Tensor:
+        """The output under this step's mask; searches the threshold that makes the next."""
+        site, method = call.site, self.method
+        if call.sparse is None:
+            return call.dense()
+        if site.num_steps is None:
+            raise ValueError("calibration needs the number of steps: give calibrate() a pipeline")
+        key = (site.branch, site.name)
+        if key not in self.masks:
+            self.masks[key] = method.keep_blocks(call.query, call.key, site)
+        tokens = (call.query.shape[1], call.key.shape[1])
+
+        def run(keep: Tensor, threshold: float | None = None):
+            mask = BlockMask.from_dense(keep, method.tile, tokens)
+            return attend_blocks(
+                call.query, call.key, call.value, mask, scale=call.scale, vote_threshold=threshold
+            )
+
+        now = self.masks[key]
+        out = run(now).out
+        target = error_target(site.step, site.num_steps, method.error, method.error_spread)
+        low, high, best = LOWEST, HIGHEST, (LOWEST, now)
+        forced = forced_blocks(site.grid, method.tile, device=now.device)
+        if (always := method.always(site)) is not None:
+            forced |= always.to(now.device)
+        for _ in range(PROBES):
+            middle = (low + high) / 2
+            keep = run(now, middle).vote | forced
+            change = (run(keep).out - out).abs().sum() / out.abs().sum().clamp_min(1e-20)
+            if change <= target:
+                low, best = middle, (middle, keep)
+            else:
+                high = middle
+            if abs(change / target - 1) < 0.1:
+                break
+        threshold, self.masks[key] = best
+        self.steps = site.num_steps
+        row = self.found.setdefault(site.step, torch.full((len(self.layers),), HIGHEST))
+        # The most cautious of all branches and prompts.
+        row[self.layers[site.name]] = min(row[self.layers[site.name]].item(), threshold)
+        return out
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`thresholds` `float32 [steps, L]`, log2 units; a step that was dense has the published one."""
+        published = torch.full((len(self.layers),), self.method.threshold)
+        return {
+            "thresholds": torch.stack([self.found.get(i, published) for i in range(self.steps)])
+        }
+
+    def state(self) -> dict[str, object]:
+        """What was found."""
+        return {"found": self.found, "steps": self.steps}
+
+    def load_state(self, state: dict[str, object]) -> None:
+        """Go on."""
+        self.found, self.steps = state["found"], state["steps"]

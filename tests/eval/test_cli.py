@@ -92,7 +92,7 @@ def test_generate_writes_a_clip_and_a_report(tmp_path, capsys):
     )
     assert clip.stat().st_size > 1000
     assert (
-        "lite_attention(threshold=-10.0, tile=(64, 64))" in json.loads(report.read_text())["method"]
+        "lite_attention(threshold=-10.0, tile=(64, 64)" in json.loads(report.read_text())["method"]
     )
     assert "17 frames" in capsys.readouterr().out
 
