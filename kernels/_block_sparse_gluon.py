@@ -14,6 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from sparsediff.block_mask import BlockMask
 from sparsediff.kernels import block_lists
 from sparsediff.kernels._block_sparse_sm90 import block_sparse_fwd_sm90
+from sparsediff.kernels.launcher import aligned, launch_kernel
 from sparsediff.kernels.tuning import hopper_ring
 
 # 3 x 128 + 32 threads share 64k registers at the start; the consumers then take 240 each.
@@ -114,35 +115,46 @@ def attend(
         return call[:4]
     block_n, block_d = mask.block_size[1], 64 if head_dim == 64 else 128
     ring, alias = hopper_ring(block_n, block_d)
-    block_sparse_fwd_sm90[(min(multiprocessors(query.device), num_rows),)](
-        # inputs and output
-        tma_descriptor(query, 64, block_d),
-        tma_descriptor(key, block_n, block_d),
-        tma_descriptor(value, block_n, block_d),
-        tma_descriptor(call.out, 64, block_d),
-        *call.byproducts(lse_prev),
-        # mask
-        call.counts,
-        call.lists,
-        call.counts if kv_lengths is None else kv_lengths,
-        call.order,
-        call.draw,
-        *call.lists.stride()[:2],
-        # numbers
-        scale,
-        0.0 if vote_threshold is None else vote_threshold,
-        heads,
-        seq_q,
-        key.shape[1],
-        *mask.num_blocks,
-        num_rows,
+    flags = call.flags(lse_prev)
+    pointers = [x for x in (call.lists, kv_lengths, lse_prev) if x is not None]
+    launch_kernel(
+        block_sparse_fwd_sm90,
+        (min(multiprocessors(query.device), num_rows),),
+        (
+            (query.device, query.dtype, block_n, block_d),
+            (kv_lengths is None, lse_prev is None, *flags.values()),
+            aligned(*pointers),
+        ),
+        (
+            # inputs and output
+            tma_descriptor(query, 64, block_d),
+            tma_descriptor(key, block_n, block_d),
+            tma_descriptor(value, block_n, block_d),
+            tma_descriptor(call.out, 64, block_d),
+            *call.byproducts(lse_prev),
+            # mask
+            call.counts,
+            call.lists,
+            call.counts if kv_lengths is None else kv_lengths,
+            call.order,
+            call.draw,
+            *call.lists.stride()[:2],
+            # numbers
+            float(scale),
+            0.0 if vote_threshold is None else float(vote_threshold),
+            heads,
+            seq_q,
+            key.shape[1],
+            *mask.num_blocks,
+            num_rows,
+        ),
         # what is compiled
         RING=ring,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         ALIAS=alias,
         HAS_LENGTHS=kv_lengths is not None,
-        **call.flags(lse_prev),
+        **flags,
         num_warps=4,
         maxnreg=ENTRY_REGISTERS,
     )

@@ -397,19 +397,21 @@ def _attend_blocks(
     # Chosen in here, where torch.compile does not look: the choice reads files and device properties.
     choice = select_backend(query.device, query.dtype, query.shape[-1], tuple(block_size), backend)
     mask = BlockMask(kv_num_blocks, kv_indices, tuple(block_size), (query.shape[1], key.shape[1]))
-    result = run_backend(
-        choice.name,
-        query,
-        key,
-        value,
-        mask,
-        scale=scale,
-        kv_lengths=kv_lengths,
-        vote_threshold=vote_threshold,
-        lse_prev=lse_prev,
-        want_lse=want_lse,
-        want_mass=want_mass,
-    )
+    # Triton launches on the current device, which need not be the one that holds the tensors.
+    with torch.cuda.device_of(query):
+        result = run_backend(
+            choice.name,
+            query,
+            key,
+            value,
+            mask,
+            scale=scale,
+            kv_lengths=kv_lengths,
+            vote_threshold=vote_threshold,
+            lse_prev=lse_prev,
+            want_lse=want_lse,
+            want_mass=want_mass,
+        )
     # An operation returns tensors, never None: what was not asked for is empty.
     return tuple(query.new_empty(0) if x is None else x for x in result)
 
