@@ -389,6 +389,8 @@ class RunState:
             # A vote names only blocks that were visited: with what is forced it is the next mask.
             slot.store(result.vote, forced, block_size, tokens, want_mask=False)
         self._record(index, site, query, density, backend)
+        # The reordered copies make room for the output in its own order.
+        del q, k, v
         return self._undo(order, slot, grid, result.out), None
 
     def _search(
