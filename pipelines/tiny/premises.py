@@ -372,6 +372,7 @@ def plot(result: dict, path: Path) -> None:
     f.legend()
     figure.suptitle(
         f"{result['model']}: {result['call']['num_frames']} frames of {result['call']['width']} px, {result['block']}-token blocks"
+        + (f", {result['text_tokens']} text tokens kept" if result["text_tokens"] else "")
     )
     figure.tight_layout()
     figure.savefig(path, dpi=70)
