@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import sparsediff
+from sparsediff.kernels.bench_inputs import git_commit
 from sparsediff.methods import AttentionSite, Auto
 from sparsediff.schedule import Schedule
 
@@ -70,6 +71,7 @@ def main(out: Path | None = None, layers: int = 8) -> None:
         "triton": triton.__version__,
         "diffusers": diffusers.__version__,
         "cudnn": torch.backends.cudnn.version(),
+        "git": git_commit(),
         "layers": layers,
         "of_layers": 40,
         "timing": "CUDA events, median of two steps after one warm-up",

@@ -25,7 +25,7 @@ from sparsediff.kernels import bench_mass as mass
 from sparsediff.kernels import bench_orders as orders
 from sparsediff.kernels import bench_peers as peers
 from sparsediff.kernels import bench_times as times
-from sparsediff.kernels.bench_inputs import SHAPES
+from sparsediff.kernels.bench_inputs import SHAPES, git_commit
 
 # Parts and their limits in seconds; those of one group run side by side.
 GROUPS = (
@@ -120,11 +120,6 @@ def _last_line(text: str) -> str:
 def _provenance(git: str | None) -> dict:
     import triton
 
-    if git is None:
-        run = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        )
-        git = run.stdout.strip()
     return {
         "what": "block-sparse attention kernels: errors against float64, times beside PyTorch's and other packages' kernels",
         "date": datetime.now(UTC).date().isoformat(),
@@ -132,7 +127,7 @@ def _provenance(git: str | None) -> dict:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cudnn": torch.backends.cudnn.version(),
-        "git": git,
+        "git": git or git_commit(),
         "shapes": {name: list(shape) for name, shape in SHAPES.items()},
         "timing": "CUDA events, one warm-up, median of 3 to 20 runs; random normal inputs, bf16 unless said",
         "parts": {},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -143,3 +145,9 @@ def paired_ms(runs: dict[str, Callable[[], object]], repeats: int = 9) -> dict[s
             torch.cuda.synchronize()
             times[name].append(start.elapsed_time(end))
     return {name: statistics.median(measured) for name, measured in times.items()}
+
+
+def git_commit() -> str:
+    """The commit of the checkout that runs, or "" outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
