@@ -126,6 +126,7 @@ _kernels.__getattr__ = _lazy(
         "attend_blocks": "sparsediff.kernels.attention",
         "AttentionOutput": "sparsediff.kernels.attention",
         "available_backends": "sparsediff.kernels.attention",
+        "merge_attention": "sparsediff.kernels.merge",
     },
 )
 

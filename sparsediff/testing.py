@@ -169,3 +169,21 @@ def _seeded(seed: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+def record_attention(pipe: object, *, step: int, **call: object) -> list:
+    """The attention calls (`Call`: query, key, value, site) of one denoising step of a dense run, in order."""
+    from sparsediff.api import watch
+    from sparsediff.methods import LiteAttention
+
+    calls = []
+
+    def look(seen):
+        if seen.site.step == step:
+            calls.append(seen)
+        return seen.dense()
+
+    pipe.set_progress_bar_config(disable=True)
+    with watch(pipe, look, method=LiteAttention()):
+        pipe(**{"output_type": "latent", "generator": torch.Generator().manual_seed(0), **call})
+    return calls
