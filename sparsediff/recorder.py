@@ -141,12 +141,16 @@ class Recorder:
         if not new:
             return None
         self._folded = len(self.calls)
-        sparse = [c.density.mean() for c in new if c.density is not None]
+        sparse = [c.density for c in new if c.density is not None]
         # Two experts may live on two devices, and a dense step on none.
         device = sparse[-1].device if sparse else torch.as_tensor(self._density_sum).device
         total = torch.full((), float(len(new) - len(sparse)), device=device)
+        # Layers alike are added up together: one by one they would be the launches of another few layers.
+        alike = defaultdict(list)
         for density in sparse:
-            total = total + density.to(device)
+            alike[density.device, len(density)].append(density)
+        for densities in alike.values():
+            total = total + torch.stack(densities).mean(-1).sum().to(device)
         self._density_sum = total + torch.as_tensor(self._density_sum).to(device)
         return torch.stack([total / len(new), self._density_sum / len(self.calls)])
 
