@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparsediff.kernels._hopper import LOG2E, assembly, log2, sum_rows
+from sparsediff.kernels._hopper import LOG2E, assembly, log2, store_warp_sum, sum_rows
 
 ROWS = gl.constexpr(256)  # query rows a program holds
 PAIR_ROWS = gl.constexpr(128)  # of two warpgroups, which share what they leave in the workspace
@@ -34,25 +34,6 @@ def _meet_pair(PAIR: gl.constexpr):
         assembly("bar.sync 9, 256; mov.u32 $0, 0;")
     else:
         assembly("bar.sync 10, 256; mov.u32 $0, 0;")
-
-
-@gluon.jit
-def _store_warp_sum(b_x, b_address):
-    """Store the sum over a warp's 16 rows: a thread brings two of them, and its quad brings the same."""
-    gl.inline_asm_elementwise(
-        """{ .reg .pred q; .reg .b32 t; .reg .f32 a, b;
-        add.f32 a, $2, $3;
-        shfl.sync.bfly.b32 b, a, 4, 31, 0xffffffff; add.f32 a, a, b;
-        shfl.sync.bfly.b32 b, a, 8, 31, 0xffffffff; add.f32 a, a, b;
-        shfl.sync.bfly.b32 b, a, 16, 31, 0xffffffff; add.f32 a, a, b;
-        mov.u32 t, %laneid; setp.eq.u32 q, t, 0; @q st.global.f32 [$4], a;
-        mov.b32 $0, 0; mov.b32 $1, 0; }""",
-        "=r,=r,f,f,l,l",
-        [b_x, b_address],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=2,
-    )
 
 
 @gluon.jit
@@ -211,7 +192,7 @@ def _consumer(
                     b_l += b_sum
                     gl.store(p_left, b_m + log2(b_sum))
                 else:
-                    _store_warp_sum(b_sum, p_left.to(gl.int64))
+                    store_warp_sum(b_sum, p_left.to(gl.int64))
                 p_left += WIDTH
         mbarrier.arrive(q_empty.index(GROUP), count=1)
         q_phase ^= 1

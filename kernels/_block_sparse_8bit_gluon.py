@@ -54,7 +54,13 @@ def attend_8bit(
     _, seq_q, heads, block_d = query.shape
     block_n = mask.block_size[1]
     call = prepare(
-        value, mask, seq_q, vote_threshold=vote_threshold, want_lse=want_lse, want_mass=want_mass
+        value,
+        mask,
+        seq_q,
+        vote_threshold=vote_threshold,
+        lse_prev=lse_prev,
+        want_lse=want_lse,
+        want_mass=want_mass,
     )
     num_rows = len(call.counts)
     if num_rows == 0:

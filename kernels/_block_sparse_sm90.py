@@ -31,7 +31,9 @@ from sparsediff.kernels._hopper import (
     LOG2E,
     assembly,
     clear_past,
+    leave_mass,
     log2,
+    mass_norm,
     pass_turn,
     place,
     produce,
@@ -44,11 +46,24 @@ from sparsediff.kernels._hopper import (
 
 
 @gluon.jit
-def _scores(q_smem, k_buffer, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr):
+def _scores(b_q, k_buffer, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr):
     """Start S = Q K^T of one tile."""
     k_smem = k_buffer.reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
     b_start = gl.zeros([64, BLOCK_N], gl.float32, LAYOUT)
-    return warpgroup_mma(q_smem, k_smem, b_start, use_acc=False, is_async=True)
+    return warpgroup_mma(b_q, k_smem, b_start, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _reread(x):
+    """The same numbers, by an instruction that stays where it is: every thread asks itself."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 l; mov.u32 l, %laneid; shfl.sync.idx.b32 $0, $1, l, 31, 0xffffffff; }",
+        "=f,f",
+        [x],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit
@@ -98,9 +113,12 @@ def _consumer(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROW_S: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    # What a tile leaves for its mass: a number a row, or with a log-sum-exp at hand a number a warp
+    WIDTH: gl.constexpr = 8 if HAS_LSE_PREV else 128
     turn = 0
     rows = 0
     q_smem = q_bufs.index(GROUP).reshape([64, BLOCK_D])
+    Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 2)
     out_smem = out_bufs.index(GROUP)
     qk_scale = scale * LOG2E
     if GROUP == 1:
@@ -133,9 +151,12 @@ def _consumer(
 
         # The first tile, the only one that can be ragged
         mbarrier.wait(q_full.index(GROUP), rows & 1)
+        b_q = q_smem.load(Q_LAYOUT)
+        if not ALIAS:
+            mbarrier.arrive(q_empty.index(GROUP), count=1)
         mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
         take_turn(GROUP)
-        b_s = _scores(q_smem, k_bufs.index(turn % RING), BLOCK_N, BLOCK_D, S_LAYOUT)
+        b_s = _scores(b_q, k_bufs.index(turn % RING), BLOCK_N, BLOCK_D, S_LAYOUT)
         pass_turn(GROUP)
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
         mbarrier.arrive(empty.index(turn % RING), count=1)
@@ -147,11 +168,17 @@ def _consumer(
         b_shift = gl.where(b_m == float("-inf"), 0.0, b_m)
         b_p = gl.exp2(b_s * qk_scale - b_shift[:, None])
         b_l = gl.sum(b_p, 1)
+        b_alpha = gl.full([64], 1.0, gl.float32, ROW_S)
         if WITH_MASS:
             i_space = (gl.program_id(0) * 2 + (rows & 1)).to(gl.int64)
-            p_space = space_ptr + i_space * (kv_blocks + 1) * 128
-            p_left = p_space + GROUP * 64 + gl.arange(0, 64, layout=ROW_S)
-            gl.store(p_left, b_m + log2(b_l))
+            p_space = space_ptr + i_space * (kv_blocks + 1) * WIDTH
+            p_left = p_space + (GROUP * 64 + gl.arange(0, 64, layout=ROW_S)) * WIDTH // 128
+            b_norm = b_l
+            if HAS_LSE_PREV:
+                p_norm = lse_prev_ptr + (i_row // q_blocks).to(gl.int64) * seq_q + o_m
+                b_norm = gl.load(p_norm, mask=o_m < seq_q, other=0.0) * LOG2E
+                b_norm = mass_norm(b_norm, o_m, seq_q)
+            leave_mass(p_left, b_l, b_m, b_norm, HAS_LSE_PREV)
         turn += 1
         mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
         if HAS_LENGTHS and current * BLOCK_N + BLOCK_N > length:
@@ -161,7 +188,11 @@ def _consumer(
         for j in range(1, count):
             stage = turn % RING
             take_turn(GROUP)
-            b_s = _scores(q_smem, k_bufs.index(stage), BLOCK_N, BLOCK_D, S_LAYOUT)
+            b_s = _scores(b_q, k_bufs.index(stage), BLOCK_N, BLOCK_D, S_LAYOUT)
+            # Rescaling the output hides under the product that has begun.  ptxas would hoist it, but for a new basic
+            # block (this wait is over already) and for data that only this block has.
+            mbarrier.wait(full.index(stage), (turn // RING) & 1)
+            b_o *= gl.convert_layout(_reread(b_alpha), ROW_O)[:, None]
             b_o = warpgroup_mma(
                 b_pd, v_bufs.index(stage).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
             )
@@ -178,17 +209,15 @@ def _consumer(
             b_l = b_l * b_alpha + b_sum
             b_m = b_m_new
             if WITH_MASS:
-                p_left += 128
-                gl.store(p_left, b_m + log2(b_sum))
+                p_left += WIDTH
+                leave_mass(p_left, b_sum, b_m, b_norm, HAS_LSE_PREV)
             turn += 1
             mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
             b_o = warpgroup_mma_wait(0, deps=(b_o,))
             mbarrier.arrive(empty.index(stage), count=1)
             b_pd = gl.convert_layout(b_p.to(DTYPE), P_LAYOUT)
-            b_o = b_o * gl.convert_layout(b_alpha, ROW_O)[:, None]
 
-        if not ALIAS:
-            mbarrier.arrive(q_empty.index(GROUP), count=1)
+        b_o *= gl.convert_layout(b_alpha, ROW_O)[:, None]
         b_o = warpgroup_mma(
             b_pd, v_bufs.index(turn % RING).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
         )
@@ -211,15 +240,10 @@ def _consumer(
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(GROUP), count=1)
         if WITH_MASS:
-            if HAS_LSE_PREV:
-                p_lse_prev = lse_prev_ptr + (i_row // q_blocks).to(gl.int64) * seq_q + o_m
-                b_norm = gl.load(p_lse_prev, mask=o_m < seq_q, other=float("-inf")) * LOG2E
-            else:
-                b_norm = gl.where(o_m < seq_q, b_m + log2(b_l), float("-inf"))
-            # A row without softmax contributes nothing: exp2(x - inf) is 0.
-            b_norm = gl.where(b_norm == float("-inf"), float("inf"), b_norm)
-            gl.store(p_left + 128, b_norm)
-            store_mass(p_space, mass_ptr + i_row.to(gl.int64) * kv_blocks, p_list, count, GROUP)
+            if not HAS_LSE_PREV:
+                gl.store(p_left + WIDTH, mass_norm(b_m + log2(b_l), o_m, seq_q))
+            p_mass = mass_ptr + i_row.to(gl.int64) * kv_blocks
+            store_mass(p_space, p_mass, p_list, count, HAS_LSE_PREV, GROUP)
         item = take_over(work, work_full, work_empty, rows & 1, (rows >> 1) & 1)
     tma.store_wait(0)
 
@@ -280,7 +304,8 @@ def block_sparse_fwd_sm90(
     Descriptors are over `[B, H, S, D]` views: `[1, 1, 64, BLOCK_D]` boxes of queries and output, `[1, 1, BLOCK_N,
     BLOCK_D]` of keys and values.  `kv_num_blocks_ptr` and `order_ptr` are `int32 [B * H * Mq]`, counts of blocks that
     begin before the key length; `draw_ptr` `int32 [1]`, `vote_ptr` `uint8 [B, H, Mq, Nk]` and `mass_ptr` `float32
-    [B, H, Mq, Nk]` start as zeros; `space_ptr` is `float32 [programs, 2, Nk + 1, 128]`.
+    [B, H, Mq, Nk]` start as zeros; `space_ptr` is `float32 [programs, 2, Nk + 1, WIDTH]`,
+    WIDTH 8 with `HAS_LSE_PREV` and 128 otherwise.
     `ALIAS`: the output shares Q's buffers, which makes room for a third stage.
     """
     q_bufs = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, BLOCK_D], q_desc.layout)

@@ -110,24 +110,58 @@ def take_over(work, work_full, work_empty, slot, phase):
 
 
 @gluon.jit
-def store_mass(
-    p_space,
-    p_mass,
-    p_list,
-    count,
-    GROUP: gl.constexpr,
-):
+def store_warp_sum(b_x, b_address):
+    """Store the sum over a warp's 16 rows: a thread brings two of them, and its quad brings the same."""
+    gl.inline_asm_elementwise(
+        """{ .reg .pred q; .reg .b32 t; .reg .f32 a, b;
+        add.f32 a, $2, $3;
+        shfl.sync.bfly.b32 b, a, 4, 31, 0xffffffff; add.f32 a, a, b;
+        shfl.sync.bfly.b32 b, a, 8, 31, 0xffffffff; add.f32 a, a, b;
+        shfl.sync.bfly.b32 b, a, 16, 31, 0xffffffff; add.f32 a, a, b;
+        mov.u32 t, %laneid; setp.eq.u32 q, t, 0; @q st.global.f32 [$4], a;
+        mov.b32 $0, 0; mov.b32 $1, 0; }""",
+        "=r,=r,f,f,l,l",
+        [b_x, b_address],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@gluon.jit
+def leave_mass(p_left, b_sum, b_m, b_norm, HAS_LSE_PREV: gl.constexpr):
+    """What a tile leaves in the workspace: row sums `b_sum` under the maxima `b_m`.
+
+    With a log-sum-exp at hand they are divided by it and summed over each warp's rows, else each row's logarithm is kept.
+    """
+    if HAS_LSE_PREV:
+        # Bounded, so that a sum of 0 stays 0 whatever the log-sum-exp is.
+        b_factor = gl.exp2(gl.minimum(b_m - b_norm, 126.0))
+        store_warp_sum(b_sum * b_factor, p_left.to(gl.int64))
+    else:
+        gl.store(p_left, b_m + log2(b_sum))
+
+
+@gluon.jit
+def mass_norm(b_lse, o_m, seq_q):
+    """What rows are divided by, as base-2 logarithm: infinite for those past the end or without softmax."""
+    return gl.where((o_m < seq_q) & (b_lse != float("-inf")), b_lse, float("inf"))
+
+
+@gluon.jit
+def store_mass(p_space, p_mass, p_list, count, HAS_LSE_PREV: gl.constexpr, GROUP: gl.constexpr):
     """Mass of a finished row of blocks: the warpgroups take every other chunk of its list.
 
     Rows of blocks use two workspaces in turn, so that nobody writes what the other warpgroup still reads.
     """
     CHUNK: gl.constexpr = 64
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+    WIDTH: gl.constexpr = 8 if HAS_LSE_PREV else 128
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WIDTH, WIDTH // 4], [4, 1], [1, 0])
     assembly("bar.sync 11, 256; mov.u32 $0, 0;")
     o_j = GROUP * CHUNK + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, LAYOUT))
     for _ in range(GROUP * CHUNK, count, 2 * CHUNK):
         o_n = gl.load(p_list + (count - 1 - o_j), mask=o_j < count, other=0)
-        b_mass = sum_rows(p_space, o_j, count, 0, 128, 128, True, LAYOUT)
+        b_mass = sum_rows(p_space, o_j, count, 0, WIDTH, WIDTH, not HAS_LSE_PREV, LAYOUT)
         gl.store(p_mass + o_n, b_mass, mask=o_j < count)
         o_j += 2 * CHUNK
 

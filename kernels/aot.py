@@ -152,7 +152,13 @@ def compile_kernel(
 
 
 def hopper_attention(
-    dtype: str, head_dim: int, block_n: int, *, byproducts: bool, lengths: bool = False
+    dtype: str,
+    head_dim: int,
+    block_n: int,
+    *,
+    byproducts: bool,
+    lengths: bool = False,
+    lse_prev: bool = False,
 ) -> Compiled:
     """Compile the Hopper kernel for key blocks of `block_n`; `byproducts` turns on LSE, vote and mass."""
     from sparsediff.kernels._block_sparse_sm90 import block_sparse_fwd_sm90
@@ -165,7 +171,7 @@ def hopper_attention(
         "BLOCK_D": block_d,
         "ALIAS": alias,
         "HAS_LENGTHS": lengths,
-        **_byproduct_flags(byproducts),
+        **_byproduct_flags(byproducts, lse_prev),
     }
     boxes = {
         name: (dtype, rows, block_d)
@@ -176,8 +182,10 @@ def hopper_attention(
             ("out_desc", 64),
         )
     }
-    flags = f"{' byproducts' if byproducts else ''}{' lengths' if lengths else ''}"
-    name = f"hopper {dtype} D{head_dim} 128x{block_n} ring {ring}{flags}"
+    flags = (("byproducts", byproducts), ("lengths", lengths), ("lse_prev", lse_prev))
+    name = " ".join(
+        [f"hopper {dtype} D{head_dim} 128x{block_n} ring {ring}", *(k for k, on in flags if on)]
+    )
     return _compile_gluon(name, block_sparse_fwd_sm90, boxes, constants, maxnreg=168)
 
 
@@ -204,8 +212,8 @@ def hopper_8bit(dtype: str, *, fp8_pv: bool, byproducts: bool) -> Compiled:
     return _compile_gluon(name, block_sparse_fwd_8bit_sm90, boxes, constants, maxnreg=168)
 
 
-def _byproduct_flags(on: bool) -> dict[str, bool]:
-    return {"WITH_LSE": on, "WITH_VOTE": on, "WITH_MASS": on, "HAS_LSE_PREV": False}
+def _byproduct_flags(on: bool, lse_prev: bool = False) -> dict[str, bool]:
+    return {"WITH_LSE": on, "WITH_VOTE": on, "WITH_MASS": on, "HAS_LSE_PREV": lse_prev}
 
 
 def hopper_mass(
@@ -335,6 +343,7 @@ def every_kernel(arch: str) -> Iterator[Compiled]:
         for head_dim, block_n, byproducts in product((64, 128), (128, 64), (False, True)):
             yield hopper_attention("bf16", head_dim, block_n, byproducts=byproducts)
         yield hopper_attention("bf16", 128, 128, byproducts=True, lengths=True)
+        yield hopper_attention("bf16", 128, 128, byproducts=True, lse_prev=True)
         for fp8_pv, byproducts in product((False, True), (False, True)):
             yield hopper_8bit("bf16", fp8_pv=fp8_pv, byproducts=byproducts)
         for head_dim, block, own_lse in product((64, 128), (64, 128), (False, True)):

@@ -42,6 +42,7 @@ GROUPS = (
     {times.time_dense: 45},
     {times.time_gluon: 60},
     {times.time_byproducts: 50},
+    {times.time_portable_byproducts: 50},
     {times.time_triton: 45},
     {eight.time_8bit: 40},
     {times.time_lists: 40},

@@ -18,9 +18,9 @@ from sparsediff.kernels.bench_inputs import (
     make_inputs,
     make_mask,
     median_ms,
-    paired_ms,
     poisoned_memory,
     spoil,
+    sustained_ms,
 )
 
 # Relative error of the output that a backend may have
@@ -141,12 +141,12 @@ def time_8bit() -> Iterator[dict]:
         q, k, v = make_inputs(size)
         for density in (1.0, 0.2) if shape == "wan32" else (0.2,):
             mask = make_mask(size, (128, 128), density)
-            ms = paired_ms(
+            ms = sustained_ms(
                 {name: partial(attend_blocks, q, k, v, mask, backend=name) for name in LIMITS}
             )
             for name, each in ms.items():
                 yield {
-                    "kind": "paired",
+                    "kind": "sustained",
                     "shape": shape,
                     "what": name,
                     "density": density,

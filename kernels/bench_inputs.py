@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,22 +130,27 @@ def timing(shape: str, what: str, density: float, ms: float, flops: float, **mor
     }
 
 
-def paired_ms(runs: dict[str, Callable[[], object]], repeats: int = 9) -> dict[str, float]:
-    """Median times of runs that take turns, in another order every round: a card at its power limit drifts."""
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
+def sustained_ms(runs: dict[str, Callable[[], object]], seconds: float = 0.25) -> dict[str, float]:
+    """Mean times of runs that take turns, each long enough to be at its own clocks.
+
+    A card at its power limit clocks by what ran in the last tens of milliseconds, so short turns would credit a run
+    with the thrift of the one before it: up to 12 % on an H200.  Two rounds, the second in reverse.
+    """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for i in range(repeats):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            torch.cuda._sleep(2_000_000)
+    total = dict.fromkeys(runs, 0.0)
+    for name in (*runs, *reversed(runs)):
+        for settled in (False, True):
+            calls = 0
+            deadline = time.monotonic() + (seconds if settled else seconds / 2)
             start.record()
-            runs[name]()
-            end.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(end))
-    return {name: statistics.median(measured) for name, measured in times.items()}
+            while calls == 0 or time.monotonic() < deadline:
+                runs[name]()
+                runs[name]()
+                calls += 2
+                end.record()
+                end.synchronize()
+        total[name] += start.elapsed_time(end) / calls
+    return {name: ms / 2 for name, ms in total.items()}
 
 
 def git_commit() -> str:

@@ -22,6 +22,7 @@ from sparsediff.kernels.bench_inputs import (
     make_inputs,
     make_mask,
     median_ms,
+    sustained_ms,
     tile_flops,
     timing,
 )
@@ -55,13 +56,11 @@ def time_attention(
     """One call of ours."""
     size = SHAPES[shape]
     q, k, v = make_inputs(size)
-    uneven = bool(options.pop("uneven", False))
-    label = str(options.pop("label", ""))
-    mask = make_mask(size, block_size, density, uneven=uneven)
+    mask = make_mask(size, block_size, density)
     ms = median_ms(partial(attend_blocks, q, k, v, mask, backend=backend, **options))
     return timing(
         shape,
-        f"{backend}{label}",
+        backend,
         density,
         ms,
         tile_flops(mask, size[1], size[3]),
@@ -77,7 +76,6 @@ def time_gluon() -> Iterator[dict]:
             yield time_attention("gluon", shape, density)
     for shape in ("wan75", "wan32"):
         yield time_attention("gluon", shape, 0.2, (128, 64))
-        yield time_attention("gluon", shape, 0.2, uneven=True, label=" uneven rows")
 
 
 def time_triton() -> Iterator[dict]:
@@ -124,21 +122,51 @@ def time_tiles() -> Iterator[dict]:
             yield timing(shape, f"triton tile {tuple(tile)}", 0.2, ms, flops, block=list(block))
 
 
-def time_byproducts() -> Iterator[dict]:
-    """What log-sum-exp, vote and mass cost, and the time the host needs for a call."""
-    shape = "wan75"
-    batch, heads, seq, _ = SHAPES[shape]
+def byproduct_costs(backend: str, shape: str, seconds: float = 0.25) -> Iterator[dict]:
+    """A call with each by-product against a plain one, in turns; and the loss of rate on rows of uneven length."""
+    size = SHAPES[shape]
+    batch, heads, seq, dim = size
+    q, k, v = make_inputs(size)
+    mask, uneven = (make_mask(size, (128, 128), 0.2, uneven=u) for u in (False, True))
     lse = torch.full((batch, heads, seq), 6.0, device=DEVICE)
     lengths = torch.full((batch,), seq, device=DEVICE, dtype=torch.int32)
-    for backend in ("gluon", "triton"):
-        yield time_attention(backend, shape, 0.2)
-        yield time_attention(backend, shape, 0.2, return_lse=True, label=" + lse")
-        yield time_attention(backend, shape, 0.2, vote_threshold=-10.0, label=" + vote")
-        yield time_attention(
-            backend, shape, 0.2, return_mass=True, lse_prev=lse, label=" + mass (lse_prev)"
-        )
-        yield time_attention(backend, shape, 0.2, return_mass=True, label=" + mass (own lse)")
-        yield time_attention(backend, shape, 0.2, kv_lengths=lengths, label=" + key lengths")
+    run = partial(attend_blocks, q, k, v, mask, backend=backend)
+    ms = sustained_ms(
+        {
+            "plain": run,
+            "uneven rows": partial(attend_blocks, q, k, v, uneven, backend=backend),
+            "lse": partial(run, return_lse=True),
+            "vote": partial(run, vote_threshold=-10.0),
+            "mass, earlier lse": partial(run, return_mass=True, lse_prev=lse),
+            "mass, own lse": partial(run, return_mass=True),
+            "key lengths": partial(run, kv_lengths=lengths),
+        },
+        seconds,
+    )
+    work = tile_flops(uneven, heads, dim) / tile_flops(mask, heads, dim)
+    for what, each in ms.items():
+        expected = ms["plain"] * (work if what == "uneven rows" else 1)
+        yield {
+            "kind": "sustained",
+            "shape": shape,
+            "backend": backend,
+            "what": what,
+            "density": 0.2,
+            "ms": round(each, 4),
+            "over_plain": round(each / expected - 1, 4),
+        }
+
+
+def time_byproducts() -> Iterator[dict]:
+    """What by-products and uneven rows cost the Hopper kernel."""
+    yield from byproduct_costs("gluon", "wan75", 0.4)
+    yield from byproduct_costs("gluon", "wan32")
+    yield from byproduct_costs("gluon", "cog45")
+
+
+def time_portable_byproducts() -> Iterator[dict]:
+    """What they cost the portable kernel, and the time the host needs for a call."""
+    yield from byproduct_costs("triton", "wan75")
     small = (1, 2, 256, 128)
     q, k, v = make_inputs(small)
     mask = make_mask(small, (128, 128), 0.5)
