@@ -136,7 +136,7 @@ class Calibration:
             ValueError: not a calibration, or one of a later version of the library.
             OSError: nothing there.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         path = Path(pretrained_model_name_or_path)
         if path.is_dir():
@@ -145,11 +145,15 @@ class Calibration:
                 raise OSError(f"{path.parent} holds no {FILE}; `sparsediff calibrate` writes one")
         elif not path.exists():
             path = _from_hub(str(pretrained_model_name_or_path), **hub)
-        with safe_open(path, "pt") as file:
+        try:
+            opened = safe_open(path, "pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no sparsediff calibration: {error}") from None
+        with opened as file:
             header = json.loads((file.metadata() or {}).get("sparsediff", "null"))
             if header is None:
                 raise ValueError(f"{path} is no sparsediff calibration")
-            if (schema := header.pop("schema")) != SCHEMA:
+            if (schema := header.pop("schema", None)) != SCHEMA:
                 raise ValueError(
                     f"{path} has schema {schema}, this version of sparsediff reads {SCHEMA}; upgrade sparsediff or "
                     "calibrate again"
@@ -157,6 +161,7 @@ class Calibration:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         model = header.pop("model")
         model["layers"] = tuple(model["layers"])
+        header["parameters"] = {k: _tuples(v) for k, v in header["parameters"].items()}
         return cls(model=ModelLayout(**model), tensors=tensors, **header)
 
     def push_to_hub(self, repo_id: str, **hub) -> str:
@@ -178,6 +183,11 @@ class Calibration:
             f"calibration of {self.method} for {', '.join(self.model.transformers.values())}, "
             f"{self.grid or 'any size'}: density {self.density:.3f}, attention error {self.error:.2%}, {size:.2f} MiB"
         )
+
+
+def _tuples(value: object) -> object:
+    """JSON has lists where a method's parameters have tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _short(value: object) -> str:
@@ -253,6 +263,22 @@ def step_bin(step: int, num_steps: int | None, bins: int) -> int:
             "or call handle.begin_generation(num_steps)"
         )
     return min(bins - 1, step * bins // max(1, num_steps))
+
+
+def nearest_seen(seen: Mapping[str, object], bins: int) -> dict[str, str]:
+    """For every `"bin row"` of the rows in `seen` the entry that serves it: its own, or the nearest bin's.
+
+    A run with more steps than the calibration, or with experts that take over elsewhere, meets bins that it did not.
+    """
+    met: dict[int, list[int]] = {}
+    for where in seen:
+        stretch, row = map(int, where.split())
+        met.setdefault(row, []).append(stretch)
+    return {
+        f"{stretch} {row}": f"{min(there, key=lambda b: abs(b - stretch))} {row}"
+        for row, there in met.items()
+        for stretch in range(bins)
+    }
 
 
 @functools.lru_cache(maxsize=8)

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from sparsediff.calibration import Calibration, Calibrator, Call, ModelLayout
 from sparsediff.methods import CalibratedMethod, Method, build_method
+from sparsediff.report import RunReport
 
 PARTIAL = "partial.pt"
 
 
-class _Error(Calibrator):
+class AttentionError(Calibrator):
     """Relative L2 error of the sparse outputs of an enabled method, call by call; feeds the sparse output forward."""
 
     def __init__(self) -> None:
@@ -78,7 +79,8 @@ def calibrate(
         method_params: parameters of the method by name.
 
     Raises:
-        ValueError: no prompts, a method that needs none, or a model that is not supported.
+        ValueError: no prompts, a method that needs none, a model that is not supported, or a run whose attention no
+            method can serve.
     """
     from tqdm.auto import tqdm
 
@@ -93,40 +95,46 @@ def calibrate(
     layout = model_layout(pipe)
     work = _Work(folder, _fingerprint(method, layout, prompts, seed, call))
     calibrator = method.calibrator(layout)
-    bar = tqdm(
-        total=(calibrator.passes + 1) * len(prompts),
-        disable=not progress,
-        desc=f"calibrate {method.name}",
-    )
+    total = (calibrator.passes + 1) * len(prompts)
+    with tqdm(total=total, disable=not progress, desc=f"calibrate {method.name}") as bar:
 
-    def generate(watched: Calibrator, i: int, **how) -> object:
-        with _quiet(pipe), watch(pipe, watched.attend, **how) as handle:
-            generator = torch.Generator("cpu").manual_seed(seed + i)
-            pipe(prompt=prompts[i], generator=generator, output_type="latent", **(call or {}))
+        def generate(watched: Calibrator, i: int, method: Method) -> RunReport:
+            calls = []
+
+            def attend(call: Call) -> Tensor:
+                calls.append(call.site.name)
+                return watched.attend(call)
+
+            with _quiet(pipe), watch(pipe, attend, method=method) as handle:
+                generator = torch.Generator("cpu").manual_seed(seed + i)
+                pipe(prompt=prompts[i], generator=generator, output_type="latent", **(call or {}))
+                report = handle.report()
+            if not calls:
+                reasons = "; ".join(report.dense_calls) or "it makes none"
+                raise ValueError(f"no attention call of this run can be sparse: {reasons}")
             bar.update()
-            return handle.report()
+            return report
 
-    grids: set[str] = set(work.resume(calibrator))
-    bar.update(work.done)
-    for number in range(calibrator.passes):
-        for i in range(len(prompts)):
-            if (index := number * len(prompts) + i) < work.done:
-                continue
-            calibrator.begin_generation(number)
-            grids.add(generate(calibrator, i, method=method).grid)
-            work.save(calibrator, index + 1, sorted(grids))
-    if len(grids) > 1:
-        raise ValueError(f"the prompts ran at different sizes: {', '.join(sorted(grids))}")
-    calibration = Calibration(
-        method=method.name,
-        parameters=method.parameters(),
-        model=layout,
-        grid=grids.pop() if method.bound_to_grid else None,
-        tensors=calibrator.tensors(),
-    )
-    calibration = _measure(calibration, method, prompts, generate)
+        grids: set[str] = set(work.resume(calibrator))
+        bar.update(work.done)
+        for number in range(calibrator.passes):
+            for i in range(len(prompts)):
+                if (index := number * len(prompts) + i) < work.done:
+                    continue
+                calibrator.begin_generation(number)
+                grids.add(generate(calibrator, i, method).grid)
+                work.save(calibrator, index + 1, sorted(grids))
+        if len(grids) > 1:
+            raise ValueError(f"the prompts ran at different sizes: {', '.join(sorted(grids))}")
+        calibration = Calibration(
+            method=method.name,
+            parameters=method.parameters(),
+            model=layout,
+            grid=grids.pop() if method.bound_to_grid else None,
+            tensors=calibrator.tensors(),
+        )
+        calibration = _measure(calibration, method, prompts, generate)
     calibration = replace(calibration, provenance=_provenance(pipe, prompts, seed, call))
-    bar.close()
     if folder is not None:
         calibration.save_pretrained(folder)
         work.clear()
@@ -134,9 +142,9 @@ def calibrate(
 
 
 def _measure(calibration, method, prompts, generate) -> Calibration:
-    error, densities = _Error(), []
+    error, densities = AttentionError(), []
     for i in range(len(prompts)):
-        report = generate(error, i, method=method.calibrated(calibration))
+        report = generate(error, i, method.calibrated(calibration))
         densities.append(report.density)
     return replace(calibration, density=sum(densities) / len(densities), error=error.mean)
 

@@ -147,6 +147,8 @@ class CalibratedMethod(Method):
     # Whether it cannot run without, and whether what it measures only fits tokens of the size it was measured on.
     needs_calibration: ClassVar[bool] = True
     bound_to_grid: ClassVar[bool] = True
+    # Parameters on which the measurements do not depend.
+    run_time: ClassVar[frozenset[str]] = frozenset()
 
     calibration: Calibration | None = field(default=None, repr=False, compare=False)
 
@@ -155,10 +157,23 @@ class CalibratedMethod(Method):
         """A fresh observer for `sparsediff.calibrate`."""
 
     def calibrated(self, calibration: Calibration) -> CalibratedMethod:
-        """The same method with a calibration.
+        """The same method with a calibration; a parameter left at its default is what it was when measured.
 
         Raises:
-            ValueError: it was measured for another method.
+            ValueError: it was measured for another method, or with another value of a parameter.
         """
         calibration.check_method(self.name)
-        return replace(self, calibration=calibration)
+        changes = {}
+        for f in fields(self):
+            mine = getattr(self, f.name)
+            measured = calibration.parameters.get(f.name, mine)
+            if mine == measured or not f.repr:
+                continue
+            if mine == f.default:
+                changes[f.name] = measured
+            elif f.name not in self.run_time:
+                raise ValueError(
+                    f"{f.name}={mine!r} contradicts this {self.name} calibration, measured with "
+                    f"{f.name}={measured!r}; leave {f.name} out, or calibrate again"
+                )
+        return replace(self, calibration=calibration, **changes)

@@ -64,6 +64,7 @@ class LiteAttention(CalibratedMethod):
 
     needs_calibration: ClassVar[bool] = False
     bound_to_grid: ClassVar[bool] = False
+    run_time: ClassVar[frozenset[str]] = frozenset({"threshold", "must_keep", "must_skip"})
 
     def __post_init__(self) -> None:
         self._require(
@@ -187,11 +188,11 @@ class _LiteCalibrator(Calibrator):
             middle = (low + high) / 2
             keep = run(now, middle).vote | forced
             change = (run(keep).out - out).abs().sum() / out.abs().sum().clamp_min(1e-20)
-            if change <= target:
-                low, best = middle, (middle, keep)
-            else:
+            if change > target:
                 high = middle
-            if abs(change / target - 1) < 0.1:
+                continue
+            low, best = middle, (middle, keep)
+            if change > 0.9 * target:
                 break
         threshold, self.masks[key] = best
         self.steps = site.num_steps

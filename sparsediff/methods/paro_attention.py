@@ -18,7 +18,15 @@ from torch import Tensor
 
 from sparsediff.block_mask import pack_bits, unpack_bits
 from sparsediff.budget import head_percentile
-from sparsediff.calibration import Calibration, Calibrator, Call, ModelLayout, pinned, step_bin
+from sparsediff.calibration import (
+    Calibration,
+    Calibrator,
+    Call,
+    ModelLayout,
+    nearest_seen,
+    pinned,
+    step_bin,
+)
 from sparsediff.kernels.block_scores import block_mass
 from sparsediff.methods.base import AttentionSite, CalibratedMethod
 from sparsediff.token_grid import TokenGrid, TokenOrder
@@ -51,6 +59,7 @@ class PAROAttention(CalibratedMethod):
         "axis order by head and static blocks by stretch of steps, calibrated offline"
     )
     citation: ClassVar[str] = "arXiv:2506.16054"
+    run_time: ClassVar[frozenset[str]] = frozenset({"int8"})
 
     density: float = 0.5
     bins: int = 4
@@ -138,6 +147,7 @@ class _PAROCalibrator(Calibrator):
         self.dense = torch.zeros(shape, dtype=torch.float64)
         self.incoherence = torch.zeros(shape, dtype=torch.float64)
         self.mass: dict[str, Tensor] = {}  # "bin row" -> float32 [H, Mq, Nk]
+        self.visual = 0  # blocks that hold nothing but the grid, in front in every order
 
     def attend(self, call: Call) -> Tensor:
         """Judge orders in the first pass, add up block mass in the second."""
@@ -175,7 +185,7 @@ class _PAROCalibrator(Calibrator):
         mass = block_mass(query, key, size, scale=call.scale).mean(0).cpu()
         where = f"{step_bin(call.site.step, call.site.num_steps, self.method.bins)} {row}"
         self.mass[where] = self.mass[where] + mass if where in self.mass else mass
-        self.grid = call.site.grid
+        self.visual = call.site.grid.whole_blocks(self.method.block, reordered=True).stop
 
     @property
     def orders(self) -> Tensor:
@@ -187,30 +197,32 @@ class _PAROCalibrator(Calibrator):
     def tensors(self) -> dict[str, Tensor]:
         """`orders` `uint8 [L, H]` and `masks` `uint8 [bins, L, H, Mq, ceil(Nk / 8)]`."""
         shape = next(iter(self.mass.values())).shape
-        visual = self.grid.whole_blocks(self.method.block, reordered=True)
+        visual = slice(self.visual)
         masks = torch.zeros(
             self.method.bins, len(self.rows), *shape[:2], math.ceil(shape[2] / 8), dtype=torch.uint8
         )
-        for where, mass in self.mass.items():
-            step, row = map(int, where.split())
+        for where, seen in nearest_seen(self.mass, self.method.bins).items():
+            stretch, row = map(int, where.split())
             keep = torch.ones(shape, dtype=torch.bool)
             keep[:, visual, visual] = head_percentile(
-                mass[None, :, visual, visual], self.method.density
+                self.mass[seen][None, :, visual, visual], self.method.density
             )[0]
-            masks[step, row] = pack_bits(keep)
+            masks[stretch, row] = pack_bits(keep)
         return {"orders": self.orders, "masks": masks}
 
     def state(self) -> dict[str, object]:
         """Sums of both passes."""
-        return {"dense": self.dense, "incoherence": self.incoherence, "mass": self.mass}
+        return {
+            "dense": self.dense,
+            "incoherence": self.incoherence,
+            "mass": self.mass,
+            "visual": self.visual,
+        }
 
     def load_state(self, state: dict[str, object]) -> None:
         """Go on adding."""
-        self.dense, self.incoherence, self.mass = (
-            state["dense"],
-            state["incoherence"],
-            state["mass"],
-        )
+        self.dense, self.incoherence = state["dense"], state["incoherence"]
+        self.mass, self.visual = state["mass"], state["visual"]
 
 
 def _shares(x: Tensor) -> Tensor:

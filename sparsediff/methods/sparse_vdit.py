@@ -22,7 +22,15 @@ from sparsediff.block_mask import (
     pack_bits,
     unpack_bits,
 )
-from sparsediff.calibration import Calibration, Calibrator, Call, ModelLayout, pinned, step_bin
+from sparsediff.calibration import (
+    Calibration,
+    Calibrator,
+    Call,
+    ModelLayout,
+    nearest_seen,
+    pinned,
+    step_bin,
+)
 from sparsediff.kernels.attention import attend_blocks
 from sparsediff.kernels.block_scores import block_mass
 from sparsediff.methods.base import AttentionSite, CalibratedMethod
@@ -147,7 +155,8 @@ def patterns(grid: TokenGrid, block: int, window: float, device: torch.device) -
     n = grid.whole_blocks(block, reordered=True).stop
     place = torch.arange(blocks, device=device)
     distance = (place[:, None] - place).abs()
-    half = next(h for h in range(n) if h == n - 1 or n + h * (2 * n - h - 1) >= window * n * n)
+    wide = (h for h in range(n) if h == n - 1 or n + h * (2 * n - h - 1) >= window * n * n)
+    half = next(wide, 0)  # no block holds nothing but the grid
     band = distance <= half
     return torch.stack([torch.ones_like(band), torch.zeros_like(band), band, band])
 
@@ -186,6 +195,7 @@ class _VDiTCalibrator(Calibrator):
             None if method.costs is None else torch.tensor(method.costs, dtype=torch.float64)
         )
         self.densities: Tensor | None = None
+        self.visual = 0  # blocks that hold nothing but the grid, in front in every order
 
     def attend(self, call: Call) -> Tensor:
         """All five outputs; the chosen ones go on to the next layer."""
@@ -193,10 +203,11 @@ class _VDiTCalibrator(Calibrator):
         stretch, row = step_bin(site.step, site.num_steps, self.method.bins), self.rows[site.name]
         stripes = self._stripes(call, stretch, row)
         table = patterns(site.grid, self.method.block, self.method.window, call.query.device)
-        outputs = [call.dense(), torch.zeros_like(call.value)]
+        outputs = [call.dense()]
+        # A skipped head gives zeros, but for the text that stays exact beside a video.
         outputs += [
-            self._output(call, axes, keep[None], size)
-            for axes, keep in (("FHW", table[DIAGONAL][None]), ("HWF", table[MULTI][None]))
+            self._output(call, axes, table[mode][None, None], size)
+            for mode, axes in ((SKIP, "FHW"), (DIAGONAL, "FHW"), (MULTI, "HWF"))
         ]
         outputs.append(self._output(call, "FHW", stripes[None], size))
         outputs = torch.stack(outputs).float()
@@ -226,14 +237,13 @@ class _VDiTCalibrator(Calibrator):
         if where in self.columns:
             columns = columns + self.columns[where]
         self.columns[where] = columns
-        self.grid = call.site.grid
+        self.visual = call.site.grid.whole_blocks(self.method.block, reordered=True).stop
         return self._best(columns)[:, None, :].expand(mass.shape[1:]).to(call.query.device)
 
     def _best(self, columns: Tensor) -> Tensor:
-        n = self.grid.whole_blocks(self.method.block, reordered=True).stop
-        k = max(1, round(self.method.stripes * n))
+        k = min(self.visual, max(1, round(self.method.stripes * self.visual)))
         keep = torch.zeros_like(columns, dtype=torch.bool)
-        return keep.scatter_(-1, columns[:, :n].topk(k, -1).indices, True)
+        return keep.scatter_(-1, columns[:, : self.visual].topk(k, -1).indices, True)
 
     @staticmethod
     def _prepared(call: Call, axes: str, keep: Tensor, size: tuple[int, int]):
@@ -265,7 +275,8 @@ class _VDiTCalibrator(Calibrator):
     @staticmethod
     def _densities(call: Call, table: Tensor, stripes: Tensor, size) -> Tensor:
         tokens = call.site.grid.num_tokens
-        keep = torch.cat([table, stripes[:1]])[None]
+        forced = forced_blocks(call.site.grid, size, device=table.device, reordered=True)
+        keep = (torch.cat([table, stripes[:1]]) | forced)[None]
         return area_density(keep, size, (tokens, tokens))[0].double().cpu()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -274,10 +285,10 @@ class _VDiTCalibrator(Calibrator):
         width = next(iter(self.columns.values())).shape[-1]
         modes = torch.zeros(bins, layers, heads, dtype=torch.uint8)
         stripes = torch.zeros(bins, layers, heads, -(-width // 8), dtype=torch.uint8)
-        for where, columns in self.columns.items():
+        for where, seen in nearest_seen(self.columns, bins).items():
             stretch, row = map(int, where.split())
-            modes[stretch, row] = self._assign(stretch, row)
-            stripes[stretch, row] = pack_bits(self._best(columns))
+            modes[stretch, row] = self._assign(*map(int, seen.split()))
+            stripes[stretch, row] = pack_bits(self._best(self.columns[seen]))
         errors = self.error / self.calls.clamp_min(1)[..., None, None]
         return {
             "modes": modes,
@@ -294,9 +305,11 @@ class _VDiTCalibrator(Calibrator):
             "columns": self.columns,
             "cost": self.cost,
             "densities": self.densities,
+            "visual": self.visual,
         }
 
     def load_state(self, state: dict[str, object]) -> None:
         """Go on adding."""
         self.error, self.calls, self.columns = state["error"], state["calls"], state["columns"]
         self.cost, self.densities = state["cost"], state["densities"]
+        self.visual = state["visual"]
