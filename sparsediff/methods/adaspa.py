@@ -40,7 +40,6 @@ class AdaSpa(Method):
     name: ClassVar[str] = "adaspa"
     summary: ClassVar[str] = "exact block mass searched online at two steps, budgets by head"
     citation: ClassVar[str] = "arXiv:2502.21079"
-    keeps_lse: ClassVar[bool] = True
 
     sparsity: float = 0.8
     search: tuple[float, ...] = (0.2, 0.6)
@@ -62,6 +61,11 @@ class AdaSpa(Method):
         )
         self._require("recall_limit", float, lambda x: 0 <= x <= 1, "a share in [0, 1]")
         self._require("block", int, lambda x: x in (32, 64, 128), "32, 64 or 128")
+
+    @property
+    def keeps_lse(self) -> bool:
+        """For a second search."""
+        return len(self.search) > 1
 
     def block_size(self, grid: TokenGrid) -> tuple[int, int]:
         """Square blocks."""

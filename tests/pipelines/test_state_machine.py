@@ -1,0 +1,423 @@
+"""When each method looks, what it keeps and what it reports, on a real Wan pipeline at a tiny random size."""
+
+import functools
+
+import pytest
+import torch
+
+import sparsediff
+from sparsediff import (
+    AdaSpa,
+    AttentionSite,
+    Auto,
+    Custom,
+    DraftAttention,
+    LiteAttention,
+    PAROAttention,
+    Schedule,
+    Segment,
+    SparseD,
+    SparseVDiT,
+    TokenGrid,
+)
+from sparsediff.pipelines.wan import WanAdapter
+from sparsediff.testing import random_wan_pipeline
+
+SEARCH = "search: blocks are chosen from exact attention"
+LAYERS, BRANCHES = 2, 2
+SMALL = {"height": 128, "width": 128, "num_frames": 17, "max_sequence_length": 16}
+COSTS = (1.0, 0.0, 0.3, 0.35, 0.4)
+WINDOWS = ((1, 8, 8), "HWF", (3, 5, 7))
+
+
+def generate(pipe, *, steps=3, seed=0, **changes):
+    """Latents of one prompt; 5 x 8 x 8 tokens make five blocks of 64."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        prompt="a small red circle moves left",
+        num_inference_steps=steps,
+        guidance_scale=3.0,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(seed),
+        **{**SMALL, **changes},
+    ).frames
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    monkeypatch.setattr("sparsediff.state.CPU_BREAK_EVEN", 2.0)
+    return random_wan_pipeline()
+
+
+@functools.cache
+def calibration(method):
+    return sparsediff.calibrate(
+        random_wan_pipeline(),
+        method,
+        ["a small red circle moves left"],
+        call={**SMALL, "num_inference_steps": 3, "guidance_scale": 3.0},
+        progress=False,
+    )
+
+
+def ready(method):
+    """The method with what it needs."""
+    if isinstance(method, PAROAttention | SparseVDiT):
+        return method.calibrated(calibration(method))
+    return method
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """`(layer, step, whether a log-sum-exp came along)` of every choice of blocks in the "cond" branch."""
+    seen = []
+    for cls in (Custom, SparseD, AdaSpa):
+        real = cls.keep_blocks
+
+        def look(self, query, key, site, *, lse=None, real=real):
+            if site.branch == "cond":
+                seen.append((site.layer, site.step, lse is not None))
+            return real(self, query, key, site, lse=lse)
+
+        monkeypatch.setattr(cls, "keep_blocks", look)
+    return seen
+
+
+def dense_shares(report):
+    return [step.dense_share for step in report.steps]
+
+
+# -- when -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [Auto(), Custom(windows=WINDOWS, block=64)], ids=str)
+@pytest.mark.parametrize(
+    ("schedule", "dense"),
+    [
+        (Schedule(dense_steps=2), 2),
+        (Schedule(dense_steps=0.5), 3),
+        (Schedule(dense_above_sigma=0.9), 2),  # 5 steps at a shift of 3: 1, 0.92, 0.82, ...
+        (Schedule(dense_steps=1, dense_above_sigma=0.9), 2),
+    ],
+    ids=str,
+)
+def test_blocks_are_chosen_in_the_last_dense_step(pipe, looks, method, schedule, dense):
+    with sparsediff.enable(pipe, method, schedule=schedule) as handle:
+        generate(pipe, steps=5)
+        report = handle.report()
+    assert looks == [(layer, dense - 1, True) for layer in range(LAYERS)]
+    assert dense_shares(report) == [1.0] * dense + [0.0] * (5 - dense)
+    assert sum(report.dense_calls.values()) == dense * LAYERS * BRANCHES
+    assert all(reason.startswith("schedule:") for reason in report.dense_calls)
+
+
+def test_looking_ahead_leaves_the_dense_steps_exact(pipe):
+    """Up to rounding: the call that looks runs our kernel, which also returns the log-sum-exp."""
+    stock = generate(pipe, steps=3)
+    with sparsediff.enable(pipe, Auto(), schedule=Schedule(dense_steps=3)):
+        assert torch.equal(generate(pipe, steps=3), stock), "no sparse step follows: nobody looks"
+    taken = []
+    with sparsediff.enable(pipe, Auto(), schedule=Schedule(dense_steps=2)):
+
+        def take(pipe, step, timestep, kwargs):
+            taken.append(kwargs["latents"].clone())
+            return kwargs
+
+        generate(pipe, steps=3, callback_on_step_end=take)
+    plain = []
+    generate(pipe, steps=3, callback_on_step_end=lambda p, i, t, k: plain.append(k["latents"]) or k)
+    assert torch.equal(taken[0], plain[0])
+    assert torch.allclose(taken[1], plain[1], rtol=0, atol=1e-5 * plain[1].abs().max().item())
+    assert not torch.allclose(taken[2], plain[2], rtol=0, atol=1e-5 * plain[2].abs().max().item())
+
+
+def test_layers_that_stay_dense_never_look(pipe, looks):
+    schedule = Schedule(dense_steps=1, dense_layers=1)
+    with sparsediff.enable(pipe, Auto(), schedule=schedule) as handle:
+        generate(pipe, steps=4)
+        report = handle.report()
+    assert looks == [(1, 0, True)]
+    assert report.dense_calls == {"schedule: first steps": 4, "schedule: first layers": 6}
+
+
+@pytest.mark.parametrize(
+    ("search", "schedule", "expected", "dense"),
+    [
+        ("ahead", Schedule(dense_steps=1), [(0, True)], [1, 0, 0, 0]),
+        ("ahead", Schedule(), [(0, False)], [0, 0, 0, 0]),
+        ("dense", Schedule(dense_steps=1), [(1, True)], [1, 1, 0, 0]),
+        ("dense", Schedule(), [(0, True)], [1, 0, 0, 0]),
+        ("sparse", Schedule(dense_steps=1), [(1, False)], [1, 0, 0, 0]),
+        ("sparse", Schedule(), [(0, False)], [0, 0, 0, 0]),
+    ],
+)
+def test_how_a_hybrid_looks_first(pipe, looks, search, schedule, expected, dense):
+    with sparsediff.enable(pipe, Custom(search=search), schedule=schedule) as handle:
+        generate(pipe, steps=4)
+        report = handle.report()
+    assert looks == [(layer, *look) for look in expected for layer in range(LAYERS)]
+    assert dense_shares(report) == dense
+    searched = report.dense_calls.get(SEARCH, 0)
+    assert searched == (LAYERS * BRANCHES if search == "dense" else 0)
+
+
+@pytest.mark.parametrize("refresh", [2, (0.2, 0.6)])
+@pytest.mark.parametrize("windows", [(), WINDOWS])
+def test_a_hybrid_looks_again_sparsely(pipe, looks, refresh, windows):
+    method = Custom(refresh=refresh, windows=windows)
+    with sparsediff.enable(pipe, method, schedule=Schedule(dense_steps=1)) as handle:
+        generate(pipe, steps=5)
+        assert dense_shares(handle.report()) == [1, 0, 0, 0, 0]
+    again = [2, 4] if refresh == 2 else [1, 3]
+    assert looks == [(0, 0, True), (1, 0, True)] + [(i, s, False) for s in again for i in (0, 1)]
+
+
+def test_sparse_d_makes_its_mask_in_one_more_dense_step(pipe, looks):
+    with sparsediff.enable(pipe, SparseD(skip=0.4, block=64)) as handle:
+        generate(pipe, steps=5)
+        report = handle.report()
+    assert looks == [(0, 2, True), (1, 2, True)]
+    assert dense_shares(report) == [1, 1, 1, 0, 0]
+    assert report.dense_calls == {
+        "schedule: first steps": 2 * LAYERS * BRANCHES,
+        SEARCH: LAYERS * BRANCHES,
+    }
+    assert report.steps[3].density == report.steps[4].density
+
+
+def simulate(method, num_steps):
+    """`(dense steps, steps that choose blocks)` of one layer."""
+    grid, schedule = TokenGrid.video(5, 8, 8), method.default_schedule()
+    dense, chosen, last = [], [], None
+    for step in range(num_steps):
+        site = AttentionSite(
+            layer=0, num_layers=1, step=step, num_steps=num_steps, sigma=0.5, branch="c", grid=grid
+        )  # fmt: skip
+        if schedule.dense_reason(site):
+            dense.append(step)
+            continue
+        if method.refreshes(site, last):
+            if method.searches_dense(site, last):
+                dense.append(step)
+            chosen.append(step)
+            last = step
+    return dense, chosen
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "first", "second"),
+    [(5, 1, 3), (10, 2, 6), (50, 10, 30)],
+)
+def test_adaspa_searches_twice(num_steps, first, second):
+    assert simulate(AdaSpa(), num_steps) == (list(range(first + 1)), [first, second])
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 7, 30])
+def test_adaspa_searches_at_most_twice_however_few_steps(num_steps):
+    dense, chosen = simulate(AdaSpa(), num_steps)
+    assert len(chosen) <= 2
+    assert dense == list(range(len(dense)))
+
+
+def test_adaspa_in_a_run(pipe, looks):
+    """The second search is sparse, and uses the log-sum-exp of the first."""
+    with sparsediff.enable(pipe, AdaSpa()) as handle:
+        generate(pipe, steps=5)
+        report = handle.report()
+    assert looks == [(layer, step, True) for step in (1, 3) for layer in range(LAYERS)]
+    assert dense_shares(report) == [1, 1, 0, 0, 0]
+    assert report.dense_calls == {"schedule: first steps": 4, SEARCH: 4}
+
+
+def test_calibrated_methods_look_up_at_every_stretch(pipe):
+    for method in (PAROAttention(bins=3), SparseVDiT(bins=3, costs=COSTS)):
+        with sparsediff.enable(pipe, ready(method)) as handle:
+            at = []
+
+            def note(pipe, step, timestep, kwargs, handle=handle, at=at):
+                at.append([slot.refreshed_at for slot in handle.states[0]._slots["cond"]])
+                return kwargs
+
+            generate(pipe, steps=6, callback_on_step_end=note)
+        assert at == [[s - s % 2] * LAYERS for s in range(6)]
+
+
+# -- what is kept ---------------------------------------------------------------------------------------------------
+
+
+def test_the_vote_thins_between_looks_and_a_look_brings_back(pipe):
+    method = Custom(density=0.6, vote_threshold_log2=-0.5, refresh=3, search="sparse")
+    with sparsediff.enable(pipe, method, schedule=Schedule()) as handle:
+        kept = []
+
+        def note(pipe, step, timestep, kwargs):
+            slot = handle.states[0]._slots["cond"][0]
+            kept.append(slot.mask((64, 64), 320).to_dense())
+            return kwargs
+
+        generate(pipe, steps=5, callback_on_step_end=note)
+        report = handle.report()
+    for before, after in ((0, 1), (1, 2), (3, 4)):
+        assert (kept[after] <= kept[before]).all()
+    density = [step.density for step in report.steps]
+    assert density[0] == density[3] > density[2]
+
+
+def test_state_bytes_count_masks_and_log_sum_exp(pipe):
+    """Five rows of one byte and 40 bytes of index lists a head; 2 bytes a token for the log-sum-exp."""
+    held = {}
+    for searches in ((0.2, 0.6), (0.2,)):
+        with sparsediff.enable(pipe, AdaSpa(search=searches)) as handle:
+            generate(pipe)
+            state = handle.states[0]
+            held[searches] = state.state_bytes()
+            kept = [s.lse for layers in state._slots.values() for s in layers]
+            assert "kept between steps" in handle.summary()
+        if len(searches) == 1:
+            assert kept == [None] * 4
+        else:
+            assert {(x.dtype, tuple(x.shape)) for x in kept} == {(torch.float16, (1, 2, 320))}
+    assert held[(0.2, 0.6)] - held[(0.2,)] == LAYERS * BRANCHES * 2 * 320 * 2
+    assert held[(0.2,)] == LAYERS * BRANCHES * 2 * (5 + 5 * 5 * 4)
+
+
+EVERY_METHOD = [
+    Auto(),
+    Custom(windows=WINDOWS, refresh=2, search="sparse"),
+    LiteAttention(threshold=-2.0, tile=(64, 64), must_keep=((0, 10),), must_skip=((64, 128),)),
+    DraftAttention(pool_h=8, pool_w=8),
+    SparseD(block=64),
+    AdaSpa(),
+    PAROAttention(bins=3),
+    SparseVDiT(bins=3, costs=COSTS, epsilon=1.0),
+]
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD, ids=lambda m: m.name)
+def test_a_second_generation_equals_a_fresh_pipeline(pipe, method):
+    """Of another seed, size or number of steps before it nothing is left."""
+    method = ready(method)
+    bound = getattr(method, "calibration", None) is not None
+    with sparsediff.enable(pipe, method) as handle:
+        generate(pipe, seed=1, steps=5, **({} if bound else {"height": 96}))
+        second = generate(pipe)
+        report = handle.report()
+    fresh = random_wan_pipeline()
+    with sparsediff.enable(fresh, method) as handle:
+        first = generate(fresh)
+        again = handle.report()
+    assert torch.equal(first, second)
+    assert report.density == again.density < 1
+    assert report.dense_calls == again.dense_calls
+
+
+# -- windows chosen while the run goes on ---------------------------------------------------------------------------
+
+
+def text_in_front(real, rows):
+    def token_grid(self, model, arguments):
+        f, h, w = real(self, model, arguments).shape
+        grid = Segment(role="grid", length=(f - 1) * h * w, shape=(f - 1, h, w))
+        words = Segment(role="text", length=rows)
+        return TokenGrid((words, grid, Segment(role="image", length=h * w - rows)))
+
+    return token_grid
+
+
+KEEP_ALL = [
+    Auto(density=1.0),
+    Auto(density=1.0, search="sparse", refresh=1),
+    Custom(density=1.0, windows=WINDOWS),
+    Custom(density=1.0, windows=WINDOWS, search="dense", producer="pooled"),
+    Custom(density=1.0, windows=((4, 4, 4),), budget="head_percentile", search="sparse"),
+    Custom(density=1.0, budget="row_top_p", vote_threshold_log2=-1e9),
+    AdaSpa(sparsity=0.0),
+    SparseD(select=1.0, block=64),
+]
+
+
+@pytest.mark.parametrize("text", [0, 20, 64])
+@pytest.mark.parametrize("method", KEEP_ALL, ids=str)
+def test_keeping_everything_changes_nothing(pipe, method, text, monkeypatch):
+    """Query, key and value move together and the output back, also beside text before and after the grid."""
+    stock = generate(pipe)
+    if text:
+        monkeypatch.setattr(WanAdapter, "token_grid", text_in_front(WanAdapter.token_grid, text))
+    with sparsediff.enable(pipe, method, schedule=Schedule(dense_steps=1)) as handle:
+        out = generate(pipe)
+        report = handle.report()
+    assert sum(report.dense_calls.values()) < report.calls
+    assert report.density == 1.0
+    assert torch.allclose(out, stock, rtol=0, atol=3e-5 * stock.abs().max().item())
+
+
+def test_heads_choose_windows_of_their_own(pipe, monkeypatch):
+    """What was chosen stays until the next look, in every branch and layer."""
+    picked = iter([[0, 1], [2, 0], [1, 1], [0, 2]])
+
+    def choose(self, query, key, site, lse):
+        assert lse is not None
+        return torch.tensor(next(picked), dtype=torch.int32)
+
+    monkeypatch.setattr(Custom, "choose_windows", choose)
+    stock = generate(pipe)
+    method = Custom(density=1.0, windows=WINDOWS)
+    with sparsediff.enable(pipe, method, schedule=Schedule(dense_steps=1)) as handle:
+        out = generate(pipe, steps=3)
+        slots = handle.states[0]._slots
+        heads = [slot.heads.tolist() for layers in slots.values() for slot in layers]
+    assert heads == [[0, 1], [2, 0], [1, 1], [0, 2]]
+    assert torch.allclose(out, stock, rtol=0, atol=3e-5 * stock.abs().max().item())
+
+
+def test_a_window_is_chosen_by_the_mass_it_holds():
+    """One head attends within patches of a frame, the other to its place in all frames."""
+    grid = TokenGrid.video(8, 8, 16)
+    where = grid.coordinates()
+    patch = torch.nn.functional.one_hot(where[:, 0] * 2 + where[:, 2] // 8, 16).float()
+    place = torch.nn.functional.one_hot(where[:, 1] * 16 + where[:, 2], 128).float()
+    q = torch.zeros(1, 1024, 2, 128)
+    q[0, :, 0, :16], q[0, :, 1] = patch * 12, place * 12
+    site = AttentionSite(
+        layer=0, num_layers=1, step=0, num_steps=3, sigma=1.0, branch="c", grid=grid
+    )
+    method = Auto(density=0.1, block=64)
+    windows = method.order(site).windows
+    lse = torch.einsum("bihd,bjhd->bhij", q, q).div(128**0.5).logsumexp(-1)
+    for known in (None, lse):
+        heads = method.choose_windows(q, q, site, known)
+        assert [windows[i] for i in heads.tolist()] == [(1, 8, 8), (8, 2, 4)]
+
+
+# -- modes by head --------------------------------------------------------------------------------------------------
+
+
+def test_vdit_heads_of_all_modes_run_in_one_launch(pipe, monkeypatch):
+    """Skipped heads give zeros, dense ones the exact output, in one kernel call a layer."""
+    import dataclasses
+
+    from sparsediff import state
+    from sparsediff.api import watch
+
+    method = SparseVDiT(bins=1, costs=COSTS)
+    measured = calibration(method)
+    modes = torch.tensor([[[0, 1], [3, 4]]], dtype=torch.uint8)
+    tensors = {**measured.tensors, "modes": modes}
+    method = method.calibrated(dataclasses.replace(measured, tensors=tensors))
+    launches, real = [], state.run_backend
+    monkeypatch.setattr(
+        state, "run_backend", lambda *a, **k: launches.append(a[0]) or real(*a, **k)
+    )
+    errors = []
+
+    def look(call):
+        dense, sparse = call.dense(), call.sparse()
+        if call.site.layer == 0:
+            assert (sparse[:, :, 1] == 0).all()
+            errors.append((sparse - dense)[:, :, 0].abs().max() / dense.abs().max())
+        return sparse
+
+    with watch(pipe, look, method=method):
+        generate(pipe)
+    assert len(launches) == 3 * LAYERS * BRANCHES
+    assert max(errors) < 1e-5
