@@ -13,6 +13,7 @@ from sparsediff.token_grid import TokenGrid
 
 # Transformer class name -> "module:attribute".  Matched exactly: near names (Wan, WanAnimate2) differ in what counts.
 ADAPTERS = {
+    "CogVideoXTransformer3DModel": "sparsediff.pipelines.cogvideox:CogVideoXAdapter",
     "WanTransformer3DModel": "sparsediff.pipelines.wan:WanAdapter",
     "WanVACETransformer3DModel": "sparsediff.pipelines.wan:WanVACEAdapter",
 }
@@ -21,7 +22,8 @@ ADAPTERS = {
 class ModelAdapter(ABC):
     """One a model family; stateless."""
 
-    # Stock processor classes that end in one `dispatch_attention_fn` call over the whole sequence.
+    # Stock processor classes that make one attention call over the whole sequence: by `dispatch_attention_fn`, or else
+    # `dispatching` must give a stand-in that does.
     processors: frozenset[str] = frozenset()
 
     @abstractmethod
@@ -35,6 +37,10 @@ class ModelAdapter(ABC):
         Raises:
             ValueError: if the shapes do not make a whole grid.
         """
+
+    def dispatching(self, stock: object) -> object:
+        """A processor that computes what `stock` does and ends in `dispatch_attention_fn`; `stock` if it does so itself."""
+        return stock
 
     def head_dim(self, model: nn.Module) -> int:
         """Channels of one attention head."""

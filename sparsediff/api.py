@@ -101,9 +101,11 @@ def _enable(
     return handle
 
 
-def watch(target: object, observer: Observer, *, method: Method) -> Handle:
+def watch(
+    target: object, observer: Observer, *, method: Method, schedule: Schedule | None = None
+) -> Handle:
     """`enable`, but every attention call that could run sparse goes to `observer`, which returns its output."""
-    return _enable(target, method, method.default_schedule(), "raise", observer)
+    return _enable(target, method, schedule or method.default_schedule(), "raise", observer)
 
 
 def model_layout(target: object) -> ModelLayout:

@@ -44,7 +44,8 @@ class TransformerPatch:
         if hasattr(model, "cache_context"):
             model.__dict__["cache_context"] = _CacheContext(model, state)
         for index, (_, module, _) in enumerate(state.modules):
-            wrapper = wrap_processor(unwrapped(module.processor), state.key, index)
+            stock = unwrapped(module.processor)
+            wrapper = wrap_processor(stock, state.adapter.dispatching(stock), state.key, index)
             state.wrappers.append(wrapper)
             module.processor = wrapper
 

@@ -144,11 +144,11 @@ class SparseProcessor:
     a signature of its own would silently lose, for instance, the rotary embedding.
     """
 
-    def __init__(self, stock: object, state_key: int, layer: int) -> None:
+    def __init__(self, original: object, dispatching: object, state_key: int, layer: int) -> None:
         # A copy, because one processor object may serve several modules, cross-attention among them.
-        self.original, self.stock = stock, copy.copy(stock)
+        self.original, self.stock = original, copy.copy(dispatching)
         self.stock._attention_backend = MEMBER
-        self.user_backend = _not_ours(stock._attention_backend)
+        self.user_backend = _not_ours(dispatching._attention_backend)
         self.layer = torch.tensor([state_key, layer])
 
     @property
@@ -174,7 +174,7 @@ class SparseProcessor:
 
     def restore(self) -> object:
         """The stock processor, with the backend the user chose meanwhile."""
-        if self.original._attention_backend is not self.user_backend:
+        if getattr(self.original, "_attention_backend", None) is not self.user_backend:
             self.original._attention_backend = self.user_backend
         return self.original
 
@@ -191,9 +191,11 @@ def _itself(x: object) -> object:
     return x
 
 
-def wrap_processor(stock: object, state_key: int, layer: int) -> SparseProcessor:
-    """A `SparseProcessor` with exactly the call signature of `stock`."""
-    return _wrapper_class(type(stock))(stock, state_key, layer)
+def wrap_processor(
+    stock: object, dispatching: object, state_key: int, layer: int
+) -> SparseProcessor:
+    """A `SparseProcessor` in place of `stock` with exactly the call signature of `dispatching`, which does the work."""
+    return _wrapper_class(type(dispatching))(stock, dispatching, state_key, layer)
 
 
 @functools.cache

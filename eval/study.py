@@ -1,0 +1,279 @@
+"""The methods beside each other on the bundled models: the figures of docs/methods.md.
+
+    python -m sparsediff.eval.study run --model tiny-wan --out wan.json
+    python -m sparsediff.eval.study run --model tiny-wan --size 256 --out wan-wide.json
+    python -m sparsediff.eval.study run --model tiny-cogvideox --out cogvideox.json
+    python -m sparsediff.eval.study cost --out cost.json
+    python -m sparsediff.eval.study report wan.json wan-wide.json cogvideox.json --cost cost.json --out docs
+
+Every arm gets the same prompts, seeds and steps, and a fifth of its steps is dense, the one that a method searches in
+among them.  Clips are compared with the dense clip of the same prompt and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+import sparsediff
+from sparsediff.api import watch
+from sparsediff.budget import row_top_k
+from sparsediff.calibrator import AttentionError, calibrate
+from sparsediff.eval.metrics import fidelity
+from sparsediff.eval.st_lpips import st_lpips
+from sparsediff.methods import (
+    AdaSpa,
+    AttentionSite,
+    Auto,
+    CalibratedMethod,
+    DraftAttention,
+    LiteAttention,
+    Method,
+    PAROAttention,
+    SparseD,
+    SparseVDiT,
+)
+from sparsediff.pipelines import tiny
+from sparsediff.pipelines.tiny.evaluate import decode, exam, generate
+from sparsediff.schedule import Schedule
+
+DENSITIES = (0.5, 0.3, 0.2)
+THRESHOLDS = (-4.0, -2.0, -1.0, -0.5)  # LiteAttention has no budget to set
+DENSE_SHARE = 0.2
+BLOCK = 64
+ERROR_CLIPS = 4  # of which the error of every attention call is measured
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(Method):
+    """Blocks drawn once at random: what any method must beat."""
+
+    name: ClassVar[str] = "random"
+    summary: ClassVar[str] = "random blocks"
+    citation: ClassVar[str] = "none"
+
+    density: float = 0.3
+    block: int = BLOCK
+
+    def block_size(self, grid: object) -> tuple[int, int]:
+        """Square blocks."""
+        return (self.block, self.block)
+
+    def keep_blocks(
+        self, query: Tensor, key: Tensor, site: AttentionSite, *, lse: Tensor | None = None
+    ) -> Tensor:
+        """As many in every row as the others keep."""
+        blocks = -(-query.shape[1] // self.block)
+        draw = torch.rand(
+            query.shape[0],
+            query.shape[2],
+            blocks,
+            blocks,
+            generator=torch.Generator().manual_seed(site.layer),
+        )
+        video = site.grid.whole_blocks(self.block)
+        keep = torch.zeros_like(draw, dtype=torch.bool)
+        keep[..., video, video] = row_top_k(draw[..., video, video], self.density)
+        return keep.to(query.device)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting of one method."""
+
+    method: Method
+    target: float | None  # density asked for
+
+    @property
+    def label(self) -> str:
+        """Method and density, as the tables name it."""
+        name = self.method.name
+        return (
+            f"{name} {self.method.threshold:g}"
+            if self.target is None
+            else f"{name} {self.target:g}"
+        )
+
+    def schedule(self, steps: int) -> Schedule:
+        """A method that searches in a dense call of its own gets one scheduled step less."""
+        dense = round(DENSE_SHARE * steps)
+        return Schedule(dense_steps=dense - isinstance(self.method, SparseD | AdaSpa))
+
+
+def arms() -> Iterator[Arm]:
+    """Everything that is compared, cheapest calibration last."""
+    for d in DENSITIES:
+        for method in (
+            Auto(density=d),
+            AdaSpa(sparsity=1 - d, block=BLOCK),
+            SparseD(select=d, block=BLOCK),
+            DraftAttention(sparsity=1 - d, pool_h=8, pool_w=8),
+            Random(density=d),
+            PAROAttention(density=d, block=BLOCK),
+            SparseVDiT(density=d, window=min(0.25, d), stripes=min(0.25, d), block=BLOCK),
+        ):
+            yield Arm(method, d)
+    for threshold in THRESHOLDS:
+        yield Arm(LiteAttention(threshold=threshold, tile=(BLOCK, BLOCK)), None)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Generate every arm, compare, write."""
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    pipe = tiny.load_folder(tiny.WEIGHTS, args.model, torch_dtype=dtype, device=device)
+    pipe.set_progress_bar_config(disable=True)
+    _, prompts = exam(args.prompts)
+    prompts = [p for p in prompts for _ in range(args.seeds)]
+    call = {
+        **tiny.CALL,
+        "height": args.size,
+        "width": args.size,
+        "num_frames": args.frames,
+        "num_inference_steps": args.steps,
+    }
+
+    def clips(count: int | None = None) -> Tensor:
+        """`[N, F, H, W, 3]` in [0, 1]; the seed is the place in the list."""
+        chosen = prompts[:count]
+        latents = generate(pipe, chosen, batch=args.batch, output_type="latent", **call)
+        return (decode(pipe.vae, latents).movedim(1, -1) + 1) / 2
+
+    clips(1)  # kernels are compiled and tuned before the clock runs
+    started = time.monotonic()
+    reference = clips()
+    result = {
+        "schema": SCHEMA,
+        "model": args.model,
+        "prompts": args.prompts,
+        "seeds": args.seeds,
+        "call": call,
+        "dense_share": DENSE_SHARE,
+        "dense_seconds": round(time.monotonic() - started, 2),
+        **_provenance(device),
+        "arms": [],
+    }
+    chosen = [a for a in arms() if not args.arms or a.method.name in args.arms]
+    for arm in chosen[args.shard :: args.shards]:
+        record = _run_arm(arm, pipe, clips, reference, prompts, call, args)
+        result["arms"].append(record)
+        result["grid"] = record.pop("grid")
+        print(
+            f"{record['label']:22s} density {record['density']:.3f}  PSNR {_mean(record, 'psnr'):.2f} dB  "
+            f"SSIM {_mean(record, 'ssim'):.4f}  error {record['attention_error']:.4f}  {record['seconds']:.1f} s",
+            flush=True,
+        )
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _run_arm(
+    arm: Arm,
+    pipe: object,
+    clips: Callable[..., Tensor],
+    reference: Tensor,
+    prompts: list[str],
+    call: dict[str, object],
+    args: argparse.Namespace,
+) -> dict[str, object]:
+    method, schedule = arm.method, arm.schedule(args.steps)
+    if isinstance(method, CalibratedMethod) and method.needs_calibration:
+        # Prompts of the exam that are not compared.
+        _, all_prompts = exam(args.prompts + 2)
+        calibration = calibrate(
+            pipe, method, all_prompts[-2:], seed=10_000, progress=False, call=call
+        )
+        method = method.calibrated(calibration)
+    started, reports = time.monotonic(), []
+    with sparsediff.enable(pipe, method, schedule=schedule) as handle:
+        # One report is of one batch; all batches keep alike.
+        video = clips()
+        reports.append(handle.report())
+    seconds = time.monotonic() - started
+    error = AttentionError()
+    with watch(pipe, error.attend, method=method, schedule=schedule):
+        clips(ERROR_CLIPS)
+    scores = []
+    for a, b in zip(video, reference, strict=True):
+        found = fidelity(a, b)
+        score = {"psnr": found.psnr, "ssim": found.ssim}
+        if args.lpips_weights:
+            where = torch.device(args.device)
+            score["st_lpips"] = (
+                st_lpips(a.to(where), b.to(where), weights=args.lpips_weights).mean().item()
+            )
+        scores.append(score)
+    return {
+        "label": arm.label,
+        "method": method.name,
+        "target": arm.target,
+        "parameters": method.parameters(),
+        "schedule": str(schedule),
+        "grid": reports[-1].grid,
+        "density": reports[-1].density,
+        "attention_error": error.mean,
+        "seconds": round(seconds, 2),
+        "clips": scores,
+    }
+
+
+def _mean(record: dict, metric: str) -> float:
+    values = [c[metric] for c in record["clips"]]
+    return sum(values) / len(values)
+
+
+def _provenance(device: torch.device) -> dict[str, str]:
+    import diffusers
+
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "sparsediff": sparsediff.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    from sparsediff.eval import study_cost, study_report
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("run", help="every method on one model at one size")
+    one.add_argument("--model", choices=tiny.MODELS, default="tiny-wan")
+    one.add_argument("--frames", type=int, default=tiny.CALL["num_frames"])
+    one.add_argument("--size", type=int, default=tiny.CALL["width"])
+    one.add_argument("--steps", type=int, default=tiny.CALL["num_inference_steps"])
+    one.add_argument("--prompts", type=int, default=16)
+    one.add_argument("--seeds", type=int, default=2, help="seeds of each prompt")
+    one.add_argument("--batch", type=int, default=32, help="clips at a time")
+    one.add_argument("--arms", nargs="*", help="methods by name; all unless given")
+    one.add_argument("--shard", type=int, default=0, help="take every ...")
+    one.add_argument("--shards", type=int, default=1, help="... so many-th arm")
+    one.add_argument(
+        "--lpips-weights", type=Path, help="network of ST-LPIPS; left out, it is not measured"
+    )
+    one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    one.add_argument("--out", type=Path, required=True)
+    one.set_defaults(command=run)
+    study_cost.add_command(commands)
+    study_report.add_command(commands)
+    args = parser.parse_args(argv)
+    args.command(args)
+
+
+if __name__ == "__main__":
+    main()

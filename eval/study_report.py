@@ -1,0 +1,139 @@
+"""Tables and a picture from what `study run` and `study cost` wrote."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections import defaultdict
+from pathlib import Path
+
+METRICS = {"psnr": "PSNR dB", "ssim": "SSIM", "st_lpips": "ST-LPIPS"}
+# Okabe and Ito's palette, told apart by people who see fewer colours
+COLOURS = {
+    "auto": "#000000",
+    "adaspa": "#0072b2",
+    "sparse_d": "#56b4e9",
+    "paro_attention": "#009e73",
+    "sparse_vdit": "#e69f00",
+    "draft_attention": "#d55e00",
+    "lite_attention": "#cc79a7",
+    "random": "#999999",
+}
+RESAMPLES = 2000
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """`report`."""
+    parser = commands.add_parser("report", help="tables (methods-figures.md) and a picture")
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--cost", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="folder")
+    parser.set_defaults(command=report)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Merge shards of one model and size, write."""
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for path in args.results:
+        result = json.loads(path.read_text())
+        groups[(result["model"], result["grid"])].append(result)
+    merged = [
+        {**parts[0], "arms": [a for p in parts for a in p["arms"]]} for parts in groups.values()
+    ]
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for result in merged:
+        lines += table(result)
+    if args.cost:
+        lines += cost_table(json.loads(args.cost.read_text()))
+    (args.out / "methods-figures.md").write_text("\n".join(lines) + "\n")
+    picture(merged, args.out / "methods.png")
+
+
+def table(result: dict) -> list[str]:
+    """Markdown: arms by density, with the paired difference to `auto` at the same target."""
+    metrics = [m for m in METRICS if m in result["arms"][0]["clips"][0]]
+    count = len(result["arms"][0]["clips"])
+    lines = [
+        f"### {result['model']}, {result['grid']} tokens",
+        "",
+        f"{result['prompts']} held-out prompts x {result['seeds']} seeds = {count} clips, "
+        f"{result['call']['num_inference_steps']} steps of which {result['dense_share']:.0%} dense, "
+        f"{result['device']}, torch {result['torch']}, {result['date']}.",
+        "",
+        f"| method | density | {' | '.join(METRICS[m] for m in metrics)} | attention error | PSNR less auto's (95 %) |",
+        "|---|---|" + "---|" * (len(metrics) + 2),
+    ]
+    auto = {a["target"]: a for a in result["arms"] if a["method"] == "auto"}
+    for arm in sorted(result["arms"], key=lambda a: (-(a["target"] or 0), -mean(a, "psnr"))):
+        values = " | ".join(f"{mean(arm, m):.{2 if m == 'psnr' else 4}f}" for m in metrics)
+        other = auto.get(arm["target"])
+        difference = "" if other is None or other is arm else paired(arm, other, "psnr")
+        lines.append(
+            f"| {arm['label']} | {arm['density']:.3f} | {values} | {arm['attention_error']:.3f} | {difference} |"
+        )
+    return [*lines, ""]
+
+
+def cost_table(cost: dict) -> list[str]:
+    """Markdown: time of a search, and its share of a run's dense attention."""
+    lines = [
+        "### Choosing blocks at Wan 14B 720p",
+        "",
+        f"{cost['grid']} tokens, {cost['heads']} heads of {cost['head_dim']}, {cost['dtype']}, random queries and keys, "
+        f"{cost['device']}, {cost['date']}. A dense cuDNN call takes {cost['dense_ms']:.0f} ms; a run has {cost['steps']} steps.",
+        "",
+        "| method | one search, ms | searches a run | share of the run's dense attention |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{row['method']}` | {row['search_ms']:.2f} | {row['searches']} | {row['share_of_dense']:.2%} |"
+        for row in cost["methods"]
+    ]
+    return [*lines, ""]
+
+
+def mean(arm: dict, metric: str) -> float:
+    """Over the clips."""
+    values = [clip[metric] for clip in arm["clips"]]
+    return sum(values) / len(values)
+
+
+def paired(arm: dict, other: dict, metric: str) -> str:
+    """Mean difference clip by clip, with a bootstrap interval over the clips."""
+    differences = [a[metric] - b[metric] for a, b in zip(arm["clips"], other["clips"], strict=True)]
+    draw = random.Random(0)
+    n = len(differences)
+    means = sorted(sum(draw.choices(differences, k=n)) / n for _ in range(RESAMPLES))
+    low, high = means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)]
+    return f"{sum(differences) / n:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def picture(results: list[dict], path: Path) -> None:
+    """PSNR against density, one panel a model and size, one line a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(results), figsize=(5.2 * len(results), 4.2), squeeze=False, layout="constrained"
+    )
+    for panel, result in zip(axes[0], results, strict=True):
+        lines = defaultdict(list)
+        for arm in result["arms"]:
+            lines[arm["method"]].append((arm["density"], mean(arm, "psnr")))
+        for name, colour in COLOURS.items():
+            if name in lines:
+                x, y = zip(*sorted(lines[name]), strict=True)
+                width = 2.4 if name == "auto" else 1.4
+                panel.plot(x, y, marker="o", ms=4, color=colour, lw=width, label=name)
+        panel.set_title(f"{result['model']}, {result['grid']} tokens", fontsize=10)
+        panel.set_xlabel("density over all steps")
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("PSNR to the dense clip, dB")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
