@@ -165,13 +165,27 @@ class Calibration:
         return cls(model=ModelLayout(**model), tensors=tensors, **header)
 
     def push_to_hub(self, repo_id: str, **hub) -> str:
-        """Upload to the Hugging Face hub (`hub`: `private`, `token`, `commit_message`, ...); returns the commit's URL."""
+        """Upload to the Hugging Face hub (`hub`: `private`, `token`, `commit_message`, ...); returns the commit's URL.
+
+        Raises:
+            OSError: the hub cannot be reached, or refuses.
+        """
         import tempfile
 
         from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
 
         api = HfApi(token=hub.pop("token", None))
-        repo_id = api.create_repo(repo_id, private=hub.pop("private", None), exist_ok=True).repo_id
+        private = hub.pop("private", None)
+        try:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        except HfHubHTTPError:
+            raise  # says itself what the hub objects to
+        # Its base class is that of all errors of the HTTP client in use.
+        except (ConnectionError, HfHubHTTPError.__base__) as error:
+            raise OSError(
+                f"cannot reach the Hugging Face hub ({error}); save_pretrained(folder) keeps the calibration on disk"
+            ) from error
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             hub.setdefault("commit_message", f"sparsediff calibration for {self.method}")

@@ -96,13 +96,20 @@ def calibrate(
     work = _Work(folder, _fingerprint(method, layout, prompts, seed, call))
     calibrator = method.calibrator(layout)
     total = (calibrator.passes + 1) * len(prompts)
+    grids: set[str] = set()
     with tqdm(total=total, disable=not progress, desc=f"calibrate {method.name}") as bar:
 
-        def generate(watched: Calibrator, i: int, method: Method) -> RunReport:
+        def generate(watched: Calibrator, i: int, method: CalibratedMethod) -> RunReport:
             calls = []
 
             def attend(call: Call) -> Tensor:
                 calls.append(call.site.name)
+                grids.add(str(call.site.grid))
+                if method.bound_to_grid and len(grids) > 1:
+                    raise ValueError(
+                        f"{method.name} is measured at one size, and the prompts ran at several: "
+                        f"{', '.join(sorted(grids))}; give the size in call={{...}}"
+                    )
                 return watched.attend(call)
 
             with _quiet(pipe), watch(pipe, attend, method=method) as handle:
@@ -115,17 +122,15 @@ def calibrate(
             bar.update()
             return report
 
-        grids: set[str] = set(work.resume(calibrator))
+        grids.update(work.resume(calibrator))
         bar.update(work.done)
         for number in range(calibrator.passes):
             for i in range(len(prompts)):
                 if (index := number * len(prompts) + i) < work.done:
                     continue
                 calibrator.begin_generation(number)
-                grids.add(generate(calibrator, i, method).grid)
+                generate(calibrator, i, method)
                 work.save(calibrator, index + 1, sorted(grids))
-        if len(grids) > 1:
-            raise ValueError(f"the prompts ran at different sizes: {', '.join(sorted(grids))}")
         calibration = Calibration(
             method=method.name,
             parameters=method.parameters(),
