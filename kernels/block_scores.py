@@ -87,7 +87,7 @@ def block_mass(
         lse: `float32 [B, H, Sq]` from an earlier dense pass; saves finding it again.  Rows where it is -inf
             contribute nothing.
         chunk_bytes: temporaries stay under this (one query block against all keys of one head is the least); the
-            portable CUDA kernel needs none, the Hopper kernel 2 to 3 MB for every 1000 keys without `lse`.
+            portable CUDA kernel needs none, the Hopper kernel 1 to 2 MB for every 1000 keys without `lse`.
 
     Returns:
         A row of blocks sums to the number of its query rows (with this call's own `lse`).
