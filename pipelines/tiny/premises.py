@@ -369,7 +369,11 @@ def plot(result: dict, path: Path) -> None:
         xlabel="density of the other steps",
         ylabel="PSNR to dense, dB",
     )
-    f.legend()
+    if oracle:
+        f.legend()
+    else:
+        f.set(title="Oracle top-k: not measured")
+        f.set_axis_off()
     figure.suptitle(
         f"{result['model']}: {result['call']['num_frames']} frames of {result['call']['width']} px, {result['block']}-token blocks"
         + (f", {result['text_tokens']} text tokens kept" if result["text_tokens"] else "")
@@ -399,8 +403,7 @@ def main(argv: list[str] | None = None) -> None:
     stem = f"{args.model}-premises{args.tag}"
     for result in measure(args):
         (args.out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
-    if result["oracle"]:
-        plot(result, args.out / f"{stem}.png")
+    plot(result, args.out / f"{stem}.png")
 
 
 if __name__ == "__main__":
