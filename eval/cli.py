@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--report", type=Path, metavar="FILE.json", help="also write the report of the run here"
     )
+    _add_calibration_flag(generate)
     generate.set_defaults(run=_generate)
 
     compare = commands.add_parser(
@@ -79,7 +80,25 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--out", type=Path, default=Path("out"), metavar="FOLDER", help="where the files go"
     )
+    _add_calibration_flag(compare)
     compare.set_defaults(run=_compare)
+
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure what a method needs to know about a model before it can run",
+        description="Run prompts through a model, measure what a method needs, and say what density and attention "
+        "error it then reaches.  Stop it with Ctrl-C whenever you like: the same command goes on where it was.",
+        formatter_class=_Help,
+    )
+    _add_request_flags(calibrate, many=True)
+    measure = calibrate.add_argument_group("what to measure")
+    measure.add_argument("--method", required=True, help="see `sparsediff methods`")
+    _add_set_flag(measure)
+    _add_place_flags(calibrate)
+    calibrate.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="where the calibration goes"
+    )
+    calibrate.set_defaults(run=_calibrate)
 
     bench = commands.add_parser(
         "bench",
@@ -102,31 +121,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("what to generate")
-    what.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        help="a bundled model (tiny-wan; random-wan has random weights), a folder, or a model id for diffusers",
-    )
-    what.add_argument("--prompt", help="what the clip shows; the bundled models have a default")
-    what.add_argument("--negative-prompt", help="what it must not show")
-    what.add_argument("--steps", type=int, help="denoising steps")
-    what.add_argument("--guidance", type=float, help="scale of classifier-free guidance")
-    what.add_argument("--height", type=int, help="pixels")
-    what.add_argument("--width", type=int, help="pixels")
-    what.add_argument("--frames", type=int, help="frames of the clip")
-    what.add_argument("--seed", type=int, default=0, help="of the initial noise")
+    what = _add_request_flags(parser)
     what.add_argument("--fps", type=int, default=16, help="frames a second of the written clip")
 
     how = parser.add_argument_group("how to attend")
     how.add_argument("--method", default="auto", help="see `sparsediff methods`")
-    how.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a parameter of the method, e.g. --set density=0.25; may be repeated",
-    )
+    _add_set_flag(how)
     how.add_argument(
         "--dense-steps",
         type=_count_or_fraction,
@@ -140,7 +140,52 @@ def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
         help="steps above this noise level stay dense",
     )
     how.add_argument("--dense-layers", type=int, metavar="N", help="first layers that stay dense")
+    _add_place_flags(parser)
 
+
+def _add_request_flags(parser: argparse.ArgumentParser, *, many: bool = False):
+    what = parser.add_argument_group("what to generate")
+    what.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help="a bundled model (tiny-wan; random-wan has random weights), a folder, or a model id for diffusers",
+    )
+    if many:
+        what.add_argument(
+            "--prompt", action="append", default=[], help="what a clip shows; may be repeated"
+        )
+        what.add_argument("--prompts", type=Path, metavar="FILE", help="more prompts, one a line")
+    else:
+        what.add_argument("--prompt", help="what the clip shows; the bundled models have a default")
+    what.add_argument("--negative-prompt", help="what it must not show")
+    what.add_argument("--steps", type=int, help="denoising steps")
+    what.add_argument("--guidance", type=float, help="scale of classifier-free guidance")
+    what.add_argument("--height", type=int, help="pixels")
+    what.add_argument("--width", type=int, help="pixels")
+    what.add_argument("--frames", type=int, help="frames of the clip")
+    what.add_argument("--seed", type=int, default=0, help="of the initial noise")
+    return what
+
+
+def _add_set_flag(group) -> None:
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a parameter of the method, e.g. --set density=0.25; may be repeated",
+    )
+
+
+def _add_calibration_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibration",
+        metavar="FOLDER",
+        help="what `sparsediff calibrate` wrote, or a repository of the Hugging Face hub; brings its method along",
+    )
+
+
+def _add_place_flags(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where to run")
     where.add_argument("--device", help="cuda if there is one, else cpu")
     where.add_argument(
@@ -158,7 +203,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     check_writable(arguments.out)
     if arguments.report is not None:
         check_writable(arguments.report, "--report")
-    method, schedule = _method(arguments), _schedule(arguments)
+    method, schedule = _ready_method(arguments), _schedule(arguments)
     _quiet_libraries()
     import sparsediff
     from sparsediff.eval.compare import timed_generate
@@ -178,7 +223,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     from sparsediff.eval.video import check_writable
 
     check_writable(arguments.out / "comparison.json")
-    method, schedule = _method(arguments), _schedule(arguments)
+    method, schedule = _ready_method(arguments), _schedule(arguments)
     _quiet_libraries()
     from sparsediff.eval.compare import compare, save_comparison
 
@@ -193,13 +238,74 @@ def _compare(arguments: argparse.Namespace) -> None:
         print(f"  {file}")
 
 
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from sparsediff.calibration import FILE
+    from sparsediff.eval.video import check_writable
+    from sparsediff.methods import METHODS, CalibratedMethod
+
+    check_writable(arguments.out / FILE)
+    method = _method(arguments)
+    if not isinstance(method, CalibratedMethod):
+        names = [name for name, cls in METHODS.items() if issubclass(cls, CalibratedMethod)]
+        raise ValueError(
+            f"{method.name} measures nothing beforehand and runs as it is; methods that do: {', '.join(names)}"
+        )
+    prompts = _prompts(arguments)
+    arguments.prompt = prompts[0] if prompts else None
+    _quiet_libraries()
+    import sparsediff
+
+    pipe, request = _pipeline_and_request(arguments)
+    _warn_if_random(arguments.model)
+    call = request.arguments()
+    for name in ("prompt", "generator", "output_type"):
+        del call[name]
+    try:
+        calibration = sparsediff.calibrate(
+            pipe,
+            method,
+            prompts or [request.prompt],
+            seed=request.seed,
+            folder=arguments.out,
+            call=call,
+        )
+    except KeyboardInterrupt:
+        print(
+            f"\nwhat is finished is kept in {arguments.out}; the same command goes on from there",
+            file=sys.stderr,
+        )
+        raise
+    print(f"\n{calibration}\n{arguments.out / FILE}\n\nUse it with")
+    print(f'  sparsediff.enable(pipe, "{method.name}", calibration="{arguments.out}")')
+    size = [
+        f"--{name} {value}"
+        for name in ("height", "width", "frames")
+        if (value := getattr(arguments, name)) is not None
+    ]
+    print(
+        " ".join(
+            [
+                "  sparsediff generate --model",
+                arguments.model,
+                "--calibration",
+                str(arguments.out),
+                *size,
+            ]
+        )
+    )
+
+
 def _methods(arguments: argparse.Namespace) -> None:
-    from sparsediff.methods import METHODS
+    from sparsediff.methods import METHODS, CalibratedMethod
 
     for name, cls in METHODS.items():
         print(f"{name}  ({cls.citation})\n    {cls.summary}")
+        if issubclass(cls, CalibratedMethod):
+            need = "needs" if cls.needs_calibration else "can use"
+            print(f"      {need} a calibration: sparsediff calibrate --method {name} --out FOLDER")
         for field in dataclasses.fields(cls):
-            print(f"      --set {field.name}={field.default!r}")
+            if field.repr:
+                print(f"      --set {field.name}={field.default!r}")
         print(
             f"      default schedule: {_non_default(cls().default_schedule()) or 'no dense steps or layers'}\n"
         )
@@ -233,6 +339,31 @@ def _doctor(arguments: argparse.Namespace) -> int:
 # -- from flags to objects ----------------------------------------------------------------------------------------
 
 
+def _ready_method(arguments: argparse.Namespace):
+    """The method with its calibration; a calibration without a `--method` brings its own."""
+    from sparsediff.api import with_calibration
+    from sparsediff.calibration import Calibration
+
+    calibration = arguments.calibration
+    if calibration is not None:
+        calibration = Calibration.from_pretrained(calibration)
+        if arguments.method == "auto":
+            arguments.method = calibration.method
+    return with_calibration(_method(arguments), calibration)
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    prompts = list(arguments.prompt)
+    if arguments.prompts is not None:
+        lines = [
+            line.strip() for line in arguments.prompts.read_text(encoding="utf-8").splitlines()
+        ]
+        if not any(lines):
+            raise ValueError(f"{arguments.prompts} holds no prompts; write one a line")
+        prompts += filter(None, lines)
+    return prompts
+
+
 def _method(arguments: argparse.Namespace):
     from sparsediff.methods import build_method
 
@@ -263,7 +394,7 @@ def _pipeline_and_request(arguments: argparse.Namespace):
     check_name(arguments.model)
     flags = (f.name for f in dataclasses.fields(Request) if hasattr(arguments, f.name))
     given = {name: getattr(arguments, name) for name in flags}
-    for name, value in {**given, "fps": arguments.fps}.items():
+    for name, value in {**given, "fps": getattr(arguments, "fps", None)}.items():
         if (
             name in ("steps", "height", "width", "frames", "fps")
             and value is not None

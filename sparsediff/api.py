@@ -61,7 +61,7 @@ def enable(
         TypeError: an argument of the wrong kind.
     """
     method = build_method(method, **method_params)
-    method = _with_calibration(method, calibration)
+    method = with_calibration(method, calibration)
     if schedule is not None and not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a sparsediff.Schedule, got {type(schedule).__name__}")
     if on_unsupported not in ("raise", "dense"):
@@ -131,7 +131,14 @@ def _layout(transformers: dict[str, nn.Module]) -> ModelLayout:
     )
 
 
-def _with_calibration(method: Method, calibration: Calibration | str | Path | None) -> Method:
+def with_calibration(method: Method, calibration: Calibration | str | Path | None) -> Method:
+    """The method ready to run: with its calibration, if it takes one.
+
+    Raises:
+        ValueError: it takes none, needs one and has none, or this one was not measured for it.
+        TypeError: something else than a calibration.
+        OSError: a folder or repository without one.
+    """
     takes_one = isinstance(method, CalibratedMethod)
     if calibration is not None:
         if not takes_one:
@@ -146,7 +153,7 @@ def _with_calibration(method: Method, calibration: Calibration | str | Path | No
     if takes_one and method.needs_calibration and method.calibration is None:
         raise ValueError(
             f"{method.name} has to be measured first: sparsediff calibrate --method {method.name} --model MODEL "
-            f"--prompt PROMPT --out FOLDER, then enable(pipe, {method.name!r}, calibration=FOLDER)"
+            f"--prompt PROMPT --out FOLDER, then enable(pipe, {method.name!r}, calibration=FOLDER) or --calibration FOLDER"
         )
     return method
 

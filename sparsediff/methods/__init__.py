@@ -56,7 +56,7 @@ def build_method(method: str | Method, **params: object) -> Method:
             f"unknown method {method!r}{_nearest(method, METHODS)}; known: {', '.join(METHODS)}"
         )
     cls = METHODS[method]
-    known = [f.name for f in fields(cls)]
+    known = [f.name for f in fields(cls) if f.repr]  # a calibration is no parameter
     for name in params:
         if name not in known:
             raise ValueError(

@@ -51,7 +51,7 @@ class LiteAttention(CalibratedMethod):
 
     name: ClassVar[str] = "lite_attention"
     summary: ClassVar[str] = (
-        "tiles found negligible at one step are skipped at the next; nothing to calibrate"
+        "tiles found negligible at one step are skipped at the next; needs no calibration"
     )
     citation: ClassVar[str] = "arXiv:2511.11062"
 
