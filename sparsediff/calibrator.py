@@ -96,8 +96,10 @@ def calibrate(
     work = _Work(folder, _fingerprint(method, layout, prompts, seed, call))
     calibrator = method.calibrator(layout)
     total = (calibrator.passes + 1) * len(prompts)
-    grids: set[str] = set()
-    with tqdm(total=total, disable=not progress, desc=f"calibrate {method.name}") as bar:
+    grids = set(work.resume(calibrator))
+    with tqdm(
+        total=total, initial=work.done, disable=not progress, desc=f"calibrate {method.name}"
+    ) as bar:
 
         def generate(watched: Calibrator, i: int, method: CalibratedMethod) -> RunReport:
             calls = []
@@ -122,8 +124,6 @@ def calibrate(
             bar.update()
             return report
 
-        grids.update(work.resume(calibrator))
-        bar.update(work.done)
         for number in range(calibrator.passes):
             for i in range(len(prompts)):
                 if (index := number * len(prompts) + i) < work.done:
