@@ -192,10 +192,10 @@ class Calibration:
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **hub))
 
     def __str__(self) -> str:
-        size = sum(x.nbytes for x in self.tensors.values()) / 2**20
+        size = sum(x.nbytes for x in self.tensors.values()) / 2**10
         return (
             f"calibration of {self.method} for {', '.join(self.model.transformers.values())}, "
-            f"{self.grid or 'any size'}: density {self.density:.3f}, attention error {self.error:.2%}, {size:.2f} MiB"
+            f"{self.grid or 'any size'}: density {self.density:.3f}, attention error {self.error:.2%}, {size:,.1f} KiB"
         )
 
 
