@@ -76,7 +76,8 @@ def _blur(x: Tensor, kernel: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=2)
 def _network(path: str, device: str) -> dict[str, Tensor]:
-    return torch.load(path, map_location=device, weights_only=True)
+    stored = torch.load(path, map_location=device, weights_only=True)
+    return {name: x.float() for name, x in stored.items()}
 
 
 def _installed_weights() -> Path:

@@ -15,7 +15,13 @@ from sparsediff.report import LayerReport, RunReport, StepReport
 
 # Cost of a kept block relative to its share of a dense call (cuDNN on a GPU), by kernel: docs/performance.md.  At the
 # CPU's break-even density both cost the same.
-KEPT_BLOCK_COST = {"cpu": 1.0 / CPU_BREAK_EVEN, "triton": 1.3, "gluon": 0.95, "gluon_int8": 0.86}
+KEPT_BLOCK_COST = {
+    "cpu": 1.0 / CPU_BREAK_EVEN,
+    "triton": 1.3,
+    "gluon": 0.95,
+    "gluon_int8": 0.86,
+    "gluon_fp8": 0.75,
+}
 
 
 @dataclass

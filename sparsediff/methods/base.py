@@ -81,7 +81,7 @@ class Method(ABC):
 
         `query`, `key` are `[B, S, H, D]` after RoPE and after `order`; `lse` is `float [B, H, S]` of the same rows, of
         this call (after a dense search) or of an earlier one (`keeps_lse`).  Must not read anything back to the
-        host.  The caller adds what must stay (text rows and columns, at least one block a row).
+        host.  The caller adds what must stay: text rows and columns.  A row without any block gives zeros.
         """
 
     def refreshes(self, site: AttentionSite, last_refresh: int | None) -> bool:

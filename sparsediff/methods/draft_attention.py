@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsediff.budget import head_percentile
@@ -26,6 +27,10 @@ class DraftAttention(Method):
     Attributes:
         sparsity: share of visual blocks dropped per head (published: 0.75 for Wan 2.1, 0.9 for HunyuanVideo).
         pool_h, pool_w: patch in latent rows and columns; their product is the block.
+        sub_blocks: cut every patch into so many runs of tokens, average those, and score a pair of patches by the
+            log-sum-exp of its runs' logits: a small bright spot in a patch is then not averaged away.  1 is the
+            paper.
+        int8: 8-bit logits (Hopper, head size 128).
         row_minimum: blocks that every query row keeps at least.  Not in the paper, whose global percentile can leave
             a diffuse row without any; the published code relies on text columns, which Wan does not have.
 
@@ -42,6 +47,8 @@ class DraftAttention(Method):
     pool_h: int = 8
     pool_w: int = 16
     row_minimum: int = 1
+    sub_blocks: int = 1
+    int8: bool = False
 
     def __post_init__(self) -> None:
         self._require("sparsity", float, lambda x: 0 <= x < 1, "a share in [0, 1)")
@@ -51,6 +58,18 @@ class DraftAttention(Method):
             raise ValueError(
                 f"pool_h * pool_w is the block and must be 64 or 128, got {self.pool_h} * {self.pool_w}"
             )
+
+        self._require(
+            "sub_blocks",
+            int,
+            lambda x: x >= 1 and self.pool_h * self.pool_w % x == 0,
+            "a whole number that divides pool_h * pool_w",
+        )
+
+    @property
+    def backend(self) -> str:
+        """8-bit logits are a kernel of their own."""
+        return "gluon_int8" if self.int8 else "auto"
 
     def block_size(self, grid: TokenGrid) -> tuple[int, int]:
         """One patch."""
@@ -69,7 +88,7 @@ class DraftAttention(Method):
     ) -> Tensor:
         """Per head, the blocks whose draft attention is at or above the `sparsity` percentile."""
         block_size = self.block_size(site.grid)
-        logits = pooled_scores(query, key, block_size)
+        logits = self._logits(query, key, block_size, site.scale)
         start, stop = site.grid.grid_span
         visual = -(-(stop - start) // block_size[0])  # `order` has put the grid in front
         keep = torch.ones_like(logits, dtype=torch.bool)
@@ -78,6 +97,18 @@ class DraftAttention(Method):
             draft, 1.0 - self.sparsity, row_minimum=self.row_minimum
         )
         return keep
+
+    def _logits(
+        self, query: Tensor, key: Tensor, block_size: tuple[int, int], scale: float | None
+    ) -> Tensor:
+        parts = self.sub_blocks
+        size = (block_size[0] // parts, block_size[1] // parts)
+        logits = pooled_scores(query, key, size, scale=scale)
+        if parts == 1:
+            return logits
+        rows, columns = (-n % parts for n in logits.shape[-2:])
+        logits = F.pad(logits, (0, columns, 0, rows), value=-torch.inf)
+        return logits.unflatten(-1, (-1, parts)).unflatten(-3, (-1, parts)).logsumexp((-3, -1))
 
     def default_schedule(self) -> Schedule:
         """Wan's published setting: dense above timestep 925 of 1000, and the first block."""

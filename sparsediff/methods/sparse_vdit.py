@@ -17,7 +17,6 @@ from torch import Tensor
 
 from sparsediff.block_mask import (
     BlockMask,
-    area_density,
     forced_blocks,
     pack_bits,
     unpack_bits,
@@ -47,7 +46,7 @@ class SparseVDiT(CalibratedMethod):
     """One of five patterns a head and stretch of steps, from `sparsediff calibrate`.
 
     Attributes:
-        density: mean density of a layer's heads that the search aims at: with it a mode costs its share of blocks, and
+        density: mean share of the video's blocks kept by a layer's heads that the search aims at: with it a mode costs its share of blocks, and
             the weight of cost against error is the one that just gets there.  None uses `lambda_`, `epsilon` and
             measured time.
         lambda_: weight of a mode's cost, in units of a dense call's time, against the relative squared error of its
@@ -149,14 +148,13 @@ def _orders(calibration: Calibration, stretch: int, row: int) -> TokenOrder:
 def patterns(grid: TokenGrid, block: int, window: float, device: torch.device) -> Tensor:
     """`bool [4, Mq, Nk]`: everything, nothing and twice the band of `window`, over the grid in any order.
 
-    The band is as wide as keeps about `window` of the video's blocks, the diagonal always.
+    The band keeps at most `window` of the video's blocks, and the diagonal always.
     """
     blocks = -(-grid.num_tokens // block)
     n = grid.whole_blocks(block, reordered=True).stop
     place = torch.arange(blocks, device=device)
     distance = (place[:, None] - place).abs()
-    wide = (h for h in range(n) if h == n - 1 or n + h * (2 * n - h - 1) >= window * n * n)
-    half = next(wide, 0)  # no block holds nothing but the grid
+    half = max((h for h in range(n) if n + h * (2 * n - h - 1) <= window * n * n), default=0)
     band = distance <= half
     return torch.stack([torch.ones_like(band), torch.zeros_like(band), band, band])
 
@@ -216,7 +214,7 @@ class _VDiTCalibrator(Calibrator):
         if self.cost is None:
             self.cost = self._measure_cost(call, table, stripes, size)
         if self.densities is None:
-            self.densities = self._densities(call, table, stripes, size)
+            self.densities = self._densities(table, stripes)
         self.error[stretch, row] += error.T.double().cpu()
         self.calls[stretch, row] += 1
         modes = self._assign(stretch, row).long().to(outputs.device)
@@ -241,7 +239,7 @@ class _VDiTCalibrator(Calibrator):
         return self._best(columns)[:, None, :].expand(mass.shape[1:]).to(call.query.device)
 
     def _best(self, columns: Tensor) -> Tensor:
-        k = min(self.visual, max(1, round(self.method.stripes * self.visual)))
+        k = max(1, int(self.method.stripes * self.visual + 1e-9)) if self.visual else 0
         keep = torch.zeros_like(columns, dtype=torch.bool)
         return keep.scatter_(-1, columns[:, : self.visual].topk(k, -1).indices, True)
 
@@ -272,12 +270,10 @@ class _VDiTCalibrator(Calibrator):
             )
         return torch.tensor(times, dtype=torch.float64) / times[0]
 
-    @staticmethod
-    def _densities(call: Call, table: Tensor, stripes: Tensor, size) -> Tensor:
-        tokens = call.site.grid.num_tokens
-        forced = forced_blocks(call.site.grid, size, device=table.device, reordered=True)
-        keep = (torch.cat([table, stripes[:1]]) | forced)[None]
-        return area_density(keep, size, (tokens, tokens))[0].double().cpu()
+    def _densities(self, table: Tensor, stripes: Tensor) -> Tensor:
+        """Of the video's blocks; what text adds is no choice of the mode."""
+        keep = torch.cat([table, stripes[:1]])[:, : self.visual, : self.visual]
+        return keep.double().mean((1, 2)).cpu()
 
     def tensors(self) -> dict[str, Tensor]:
         """`modes` `uint8 [bins, L, H]`, `stripes` `uint8 [bins, L, H, ceil(Nk / 8)]`, `errors`, `costs`."""

@@ -105,6 +105,26 @@ def test_draft_attention_against_its_equations(f, h, w, text, sparsity, seed):
     assert keep[..., :, visual:].all()
 
 
+@pytest.mark.parametrize(("grid", "parts"), [((3, 16, 16), 4), ((3, 10, 11), 2), ((1, 9, 16), 8)])
+def test_draft_attention_scores_sub_blocks_by_their_log_sum_exp(grid, parts):
+    grid = TokenGrid.video(*grid)
+    method = DraftAttention(sub_blocks=parts, pool_h=8, pool_w=8)
+    q, k = queries(grid.num_tokens)
+    logits = method._logits(q, k, (64, 64), None)
+    run, n = 64 // parts, grid.num_tokens
+    means = [
+        torch.stack([x[0, i : i + run].double().mean(0) for i in range(0, n, run)]) for x in (q, k)
+    ]
+    for head in range(2):
+        fine = (means[0][:, head] @ means[1][:, head].T / 4).exp()
+        for i in range(logits.shape[2]):
+            for j in range(logits.shape[3]):
+                part = fine[i * parts : (i + 1) * parts, j * parts : (j + 1) * parts]
+                assert logits[0, head, i, j].item() == pytest.approx(
+                    part.sum().log().item(), abs=1e-4
+                )
+
+
 def test_auto_keeps_the_heaviest_blocks_of_each_row():
     grid = TokenGrid.video(4, 8, 12)
     method = Auto(density=0.3, block=64)
@@ -164,6 +184,7 @@ def test_every_method_describes_itself(name):
         (lambda: LiteAttention(tile=(8, 128)), "two sizes >= 16"),
         (lambda: DraftAttention(sparsity=1.0), r"in \[0, 1\)"),
         (lambda: DraftAttention(pool_h=3), "must be 64 or 128"),
+        (lambda: DraftAttention(sub_blocks=3), "divides pool_h"),
         (lambda: DraftAttention(row_minimum=0), "row_minimum must be a whole number >= 1"),
         (lambda: Auto(density=0.0), r"density must be a share in \(0, 1\]"),
         (lambda: Auto(block=96), "block must be 32, 64 or 128"),
