@@ -1,6 +1,9 @@
 """When each method looks, what it keeps and what it reports, on a real Wan pipeline at a tiny random size."""
 
 import functools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -309,6 +312,28 @@ def test_a_second_generation_equals_a_fresh_pipeline(pipe, method):
     assert torch.equal(first, second)
     assert report.density == again.density < 1
     assert report.dense_calls == again.dense_calls
+
+
+def test_second_generations_equal_fresh_processes(pipe, tmp_path):
+    """Of all methods, calibrations included, in the opposite order: no cache of the process changes a bit."""
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch, sparsediff.state, test_state_machine as t
+torch.set_num_threads({torch.get_num_threads()})
+sparsediff.state.CPU_BREAK_EVEN = 2.0
+outs = {{}}
+for method in t.EVERY_METHOD[::-1]:
+    pipe = t.random_wan_pipeline()
+    with sparsediff.enable(pipe, t.ready(method)):
+        outs[method.name] = t.generate(pipe)
+torch.save(outs, {str(tmp_path / "fresh.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    fresh = torch.load(tmp_path / "fresh.pt")
+    for method in EVERY_METHOD:
+        with sparsediff.enable(pipe, ready(method)):
+            generate(pipe, seed=1)
+            assert torch.equal(generate(pipe), fresh[method.name]), method.name
 
 
 # -- windows chosen while the run goes on ---------------------------------------------------------------------------
