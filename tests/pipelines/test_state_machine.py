@@ -395,6 +395,32 @@ def test_heads_choose_windows_of_their_own(pipe, monkeypatch):
     assert torch.allclose(out, stock, rtol=0, atol=3e-5 * stock.abs().max().item())
 
 
+@pytest.mark.parametrize("text", [0, 20])
+@pytest.mark.parametrize(
+    "method",
+    [Auto(density=0.5), Custom(windows=WINDOWS, density=0.5), AdaSpa(), SparseD(block=64)],
+    ids=lambda m: m.name,
+)
+def test_the_log_sum_exp_of_a_dense_search_is_that_of_its_rows(pipe, method, text, monkeypatch):
+    """In the order that the rows have by then: with it the choice is the one that is made without."""
+    differ, real = [], type(method).keep_blocks
+
+    def look(self, query, key, site, *, lse=None):
+        keep = real(self, query, key, site, lse=lse)
+        if lse is not None:
+            fresh = real(self, query, key, site)
+            differ.append((keep != fresh).float().mean().item())
+        return keep
+
+    monkeypatch.setattr(type(method), "keep_blocks", look)
+    if text:
+        monkeypatch.setattr(WanAdapter, "token_grid", text_in_front(WanAdapter.token_grid, text))
+    once = AdaSpa(search=(0.2,)) if isinstance(method, AdaSpa) else method
+    with sparsediff.enable(pipe, once, schedule=Schedule(dense_steps=1)):
+        generate(pipe)
+    assert differ == [0.0] * (LAYERS * BRANCHES)
+
+
 def test_a_window_is_chosen_by_the_mass_it_holds():
     """One head attends within patches of a frame, the other to its place in all frames."""
     grid = TokenGrid.video(8, 8, 16)
