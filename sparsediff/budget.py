@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MAX_SORTED = 1 << 23  # scores sorted at once
 ROUNDING = 1e-4  # a budget is rounded up, but not for the last digit of a product such as 0.3 * 10
 
 
@@ -26,8 +27,13 @@ def row_top_k(scores: Tensor, density: float | Tensor) -> Tensor:
         _check_fraction("density", density)
         return keep.scatter_(-1, scores.topk(_round_up(density * n), dim=-1).indices, True)
     k = (density * n - ROUNDING).ceil().clamp(min=1)[..., None, None]
-    best = scores.argsort(dim=-1, descending=True)
-    return keep.scatter_(-1, best, torch.arange(n, device=scores.device).expand_as(best) < k)
+    rank = torch.arange(n, device=scores.device)
+    # A few heads at a time: places are int64, and at 64-token blocks a long video has a million blocks a head.
+    heads = max(1, MAX_SORTED // scores[:, 0].numel())
+    for kept, part, budget in zip(*(x.split(heads, dim=1) for x in (keep, scores, k)), strict=True):
+        best = part.argsort(dim=-1, descending=True)
+        kept.scatter_(-1, best, rank.expand_as(best) < budget)
+    return keep
 
 
 def row_top_p(scores: Tensor, share: float, *, minimum: int = 1) -> Tensor:
