@@ -204,6 +204,8 @@ class Handle:
     def summary(self) -> str:
         """The report in words, what stayed stock, and the memory that masks take."""
         lines = [str(self.report())]
+        if (calibration := getattr(self.method, "calibration", None)) is not None:
+            lines.append(f"  measured  {calibration}")
         lines += [f"  not sparse  {name}: {reason}" for name, reason in self.unsupported.items()]
         if held := sum(state.state_bytes() for state in self.states):
             lines.append(f"  masks     {held / 2**20:.1f} MiB kept between steps")

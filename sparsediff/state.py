@@ -29,21 +29,17 @@ from sparsediff.block_mask import BlockMask, forced_blocks
 from sparsediff.calibration import Call
 from sparsediff.clock import Clock, Tick
 from sparsediff.kernels.attention import CPU_BREAK_EVEN, DTYPES, run_backend, select_backend
-from sparsediff.kernels.block_bitmap import pack_mask
 from sparsediff.methods import AttentionSite, Method
 from sparsediff.processor import STATES
 from sparsediff.recorder import Recorder
 from sparsediff.schedule import UNKNOWN_STEPS, Schedule
+from sparsediff.slot import MaskSlot
 from sparsediff.token_grid import TokenGrid, TokenOrder
 
 MAX_BRANCHES = (
     8  # guidance branches whose masks are kept; more only if contexts go unnamed outside a pipeline
 )
 MIN_BLOCKS = 4  # a sequence of fewer key blocks leaves nothing to choose
-LIST_CACHE_BYTES = (
-    4 << 20
-)  # index lists are 32 times the bitmap: kept between steps only while they are small
-
 # Dense attention of one call, below which a GPU waits for launches.  Measured on one H200: 1.8e11 operations (13,312
 # tokens, 4 heads of 64) ran at half the speed of dense, 6.6e12 (32,760 tokens, 12 heads of 128) as fast as predicted.
 LAUNCH_BOUND_FLOP = 1e12
@@ -51,48 +47,6 @@ LAUNCH_BOUND_FLOP = 1e12
 Observer = Callable[[Call], Tensor]  # stands in for attention while something is measured
 
 _keys = itertools.count()
-
-
-@dataclass
-class _Slot:
-    """What one layer remembers in one branch."""
-
-    layout: tuple
-    bitmap: Tensor | None = None  # uint8 [B, H, Mq, ceil(Nk / 8)]
-    density: Tensor | None = None  # float32 [H], averaged over the batch
-    refreshed_at: int | None = None
-    lists: BlockMask | None = None
-    heads: Tensor | None = None  # int32 [H], the window of each head, where the method chooses
-    # float16 [B, H, S] in the order of the mask: an old one is off by far more than the rounding
-    lse: Tensor | None = None
-
-    def store(
-        self,
-        keep: Tensor,
-        forced: Tensor,
-        block_size: tuple[int, int],
-        tokens: int,
-        *,
-        want_mask: bool = True,
-    ) -> BlockMask | None:
-        """Remember `keep | forced`, in place of what was; returns it as a mask if it is wanted at once."""
-        lengths, small = (tokens, tokens), keep.numel() * 4 <= LIST_CACHE_BYTES
-        same = self.bitmap is not None and self.bitmap.shape[:3] == keep.shape[:3]
-        packed = pack_mask(
-            keep,
-            forced,
-            block_size,
-            lengths,
-            bitmap=self.bitmap if same else None,
-            want_lists=want_mask or small,
-        )
-        self.bitmap, self.density = packed.bitmap, packed.density
-        mask = None if packed.lists is None else BlockMask(*packed.lists, block_size, lengths)
-        self.lists = mask if small else None
-        return mask
-
-    def mask(self, block_size: tuple[int, int], tokens: int) -> BlockMask:
-        return self.lists or BlockMask.from_bitmap(self.bitmap, block_size, (tokens, tokens))
 
 
 @dataclass(frozen=True)
@@ -137,7 +91,7 @@ class RunState:
         # (guidance branch, step or None) while the pipeline is inside `model.cache_context`.
         self.context: tuple[str, int | None] | None = None
         self.wrappers: list = []
-        self._slots: OrderedDict[str, list[_Slot | None]] = OrderedDict()
+        self._slots: OrderedDict[str, list[MaskSlot | None]] = OrderedDict()
         self._generation: int | None = None
         self._forward: _Forward | None = None
         self._calls_in_step: tuple[object, Counter] = (None, Counter())
@@ -363,7 +317,7 @@ class RunState:
         q, k, v = (query, key, value)
         if order is not None:
             q, k, v = order.apply(grid, query, key, value, heads=slot.heads)
-        forced = self._always(site, block_size, query.device, order is not None)
+        forced = _forced(method, grid, query.device, order is not None)
         if choosing:
             keep = method.keep_blocks(q, k, site, lse=slot.lse)
             mask = slot.store(keep, forced, block_size, tokens)
@@ -395,7 +349,7 @@ class RunState:
 
     def _search(
         self,
-        slot: _Slot,
+        slot: MaskSlot,
         site: AttentionSite,
         query: Tensor,
         key: Tensor,
@@ -417,25 +371,14 @@ class RunState:
             q, k = order.apply(grid, query, key, heads=slot.heads)
             lse = order.apply_rows(grid, lse, slot.heads)
         keep = method.keep_blocks(q, k, site, lse=lse)
-        forced = self._always(site, block_size, q.device, order is not None)
+        forced = _forced(method, grid, q.device, order is not None)
         slot.store(keep, forced, block_size, tokens, want_mask=False)
         slot.refreshed_at = site.step
         slot.lse = lse.half() if method.keeps_lse else None
         return result.out
 
-    def _always(
-        self,
-        site: AttentionSite,
-        block_size: tuple[int, int],
-        device: torch.device,
-        reordered: bool,
-    ) -> Tensor:
-        forced = _forced(site.grid, block_size, device, reordered)
-        own = self.method.always(site)
-        return forced if own is None else forced | own.to(device)
-
     @staticmethod
-    def _undo(order: TokenOrder | None, slot: _Slot, grid: TokenGrid, out: Tensor) -> Tensor:
+    def _undo(order: TokenOrder | None, slot: MaskSlot, grid: TokenGrid, out: Tensor) -> Tensor:
         return out if order is None else order.undo(grid, out, heads=slot.heads)[0]
 
     def _slot(
@@ -446,7 +389,7 @@ class RunState:
         block_size: tuple[int, int],
         grid: TokenGrid,
         order: TokenOrder | None,
-    ) -> _Slot:
+    ) -> MaskSlot:
         layers = self._slots.get(branch)
         if layers is None:
             layers = self._slots[branch] = [None] * len(self.layers)
@@ -457,7 +400,7 @@ class RunState:
         # A mask says nothing about tokens in another order.
         layout = (grid, block_size, order, query.shape[0], query.shape[2], query.device)
         if layers[index] is None or layers[index].layout != layout:
-            layers[index] = _Slot(layout)
+            layers[index] = MaskSlot(layout)
         return layers[index]
 
     def _record(
@@ -480,18 +423,7 @@ class RunState:
 
     def state_bytes(self) -> int:
         """Memory held between steps."""
-        slots = (
-            s
-            for layers in self._slots.values()
-            for s in layers
-            if s is not None and s.bitmap is not None
-        )
-        return sum(
-            s.bitmap.nbytes
-            + (s.lists.kv_indices.nbytes if s.lists else 0)
-            + (0 if s.lse is None else s.lse.nbytes)
-            for s in slots
-        )
+        return sum(slot.nbytes for layers in self._slots.values() for slot in layers if slot)
 
 
 @functools.lru_cache(maxsize=64)
@@ -511,10 +443,11 @@ def _scale(site: AttentionSite, query: Tensor) -> float:
 
 
 @functools.lru_cache(maxsize=32)
-def _forced(
-    grid: TokenGrid, block_size: tuple[int, int], device: torch.device, reordered: bool
-) -> Tensor:
-    return forced_blocks(grid, block_size, device=device, reordered=reordered)
+def _forced(method: Method, grid: TokenGrid, device: torch.device, reordered: bool) -> Tensor:
+    """What stays whatever the method chooses, `bool [Mq, Nk]`."""
+    keep = forced_blocks(grid, method.block_size(grid), device=device, reordered=reordered)
+    own = method.always(grid)
+    return keep if own is None else keep | own.to(device)
 
 
 def _linear_weights(model: nn.Module) -> int:

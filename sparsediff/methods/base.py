@@ -112,7 +112,7 @@ class Method(ABC):
         """
         raise NotImplementedError
 
-    def always(self, site: AttentionSite) -> Tensor | None:
+    def always(self, grid: TokenGrid) -> Tensor | None:
         """Blocks that the method keeps beside what every method must, at every step: `bool [Mq, Nk]` on the CPU."""
         return None
 

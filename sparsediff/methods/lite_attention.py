@@ -110,14 +110,16 @@ class LiteAttention(CalibratedMethod):
             # A last tile is whole although it is short.
             last = columns if stop >= key.shape[1] else stop // bk
             keep[..., -(-start // bk) : last] = False
+        if not keep.any():
+            raise ValueError(f"must_skip={self.must_skip} leaves none of {key.shape[1]} tokens")
         return keep.to(query.device)
 
-    def always(self, site: AttentionSite) -> Tensor | None:
+    def always(self, grid: TokenGrid) -> Tensor | None:
         """`must_keep` as blocks, `bool [Mq, Nk]`, or None."""
         if not self.must_keep:
             return None
         bq, bk = self.tile
-        tokens = site.grid.num_tokens
+        tokens = grid.num_tokens
         keep = torch.zeros(-(-tokens // bq), -(-tokens // bk), dtype=torch.bool)
         for start, stop in self.must_keep:
             keep[start // bq : -(-stop // bq)] = True
@@ -182,7 +184,7 @@ class _LiteCalibrator(Calibrator):
         target = error_target(site.step, site.num_steps, method.error, method.error_spread)
         low, high, best = LOWEST, HIGHEST, (LOWEST, now)
         forced = forced_blocks(site.grid, method.tile, device=now.device)
-        if (always := method.always(site)) is not None:
+        if (always := method.always(site.grid)) is not None:
             forced |= always.to(now.device)
         for _ in range(PROBES):
             middle = (low + high) / 2

@@ -1,0 +1,62 @@
+"""What is kept of one layer between denoising steps: a bitmap, and what the method needs beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparsediff.block_mask import BlockMask
+from sparsediff.kernels.block_bitmap import pack_mask
+
+# Index lists are 32 times the bitmap: kept between steps only while they are small.
+LIST_CACHE_BYTES = 4 << 20
+
+
+@dataclass
+class MaskSlot:
+    """What one layer remembers in one branch."""
+
+    layout: tuple
+    bitmap: Tensor | None = None  # uint8 [B, H, Mq, ceil(Nk / 8)]
+    density: Tensor | None = None  # float32 [H], averaged over the batch
+    refreshed_at: int | None = None
+    lists: BlockMask | None = None
+    heads: Tensor | None = None  # int32 [H], the window of each head, where the method chooses
+    # float16 [B, H, S] in the order of the mask: an old one is off by far more than the rounding
+    lse: Tensor | None = None
+
+    def store(
+        self,
+        keep: Tensor,
+        forced: Tensor,
+        block_size: tuple[int, int],
+        tokens: int,
+        *,
+        want_mask: bool = True,
+    ) -> BlockMask | None:
+        """Remember `keep | forced`, in place of what was; returns it as a mask if it is wanted at once."""
+        lengths, small = (tokens, tokens), keep.numel() * 4 <= LIST_CACHE_BYTES
+        same = self.bitmap is not None and self.bitmap.shape[:3] == keep.shape[:3]
+        packed = pack_mask(
+            keep,
+            forced,
+            block_size,
+            lengths,
+            bitmap=self.bitmap if same else None,
+            want_lists=want_mask or small,
+        )
+        self.bitmap, self.density = packed.bitmap, packed.density
+        mask = None if packed.lists is None else BlockMask(*packed.lists, block_size, lengths)
+        self.lists = mask if small else None
+        return mask
+
+    def mask(self, block_size: tuple[int, int], tokens: int) -> BlockMask:
+        """What is remembered, as lists."""
+        return self.lists or BlockMask.from_bitmap(self.bitmap, block_size, (tokens, tokens))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held between steps."""
+        lists = None if self.lists is None else self.lists.kv_indices
+        return sum(x.nbytes for x in (self.bitmap, lists, self.lse) if x is not None)
