@@ -124,11 +124,19 @@ class Method(ABC):
         """Field names and values, for reports."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
 
-    def _require(self, name: str, kind: type, accept: Callable[[object], bool], what: str) -> None:
-        """Refuse a field whose type or value is not `what`."""
+    def _require(
+        self,
+        name: str,
+        kind: type,
+        accept: Callable[[object], bool] | None = None,
+        what: str | None = None,
+    ) -> None:
+        """Refuse a field whose type or value is not `what`; a bool is no number."""
         value = getattr(self, name)
         kinds = (int, float) if kind is float else (kind,)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not accept(value):
+        fits = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
+        if not fits or (accept is not None and not accept(value)):
+            what = what or ("True or False" if kind is bool else f"of type {kind.__name__}")
             raise ValueError(f"{name} must be {what}, got {value!r}")
 
     def __str__(self) -> str:
