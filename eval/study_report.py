@@ -52,7 +52,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def table(result: dict) -> list[str]:
-    """Markdown: arms by density, with the paired difference to `auto` at the same target."""
+    """Markdown: arms by density, with the paired difference to `auto` at the same density over all steps."""
     metrics = [m for m in METRICS if m in result["arms"][0]["clips"][0]]
     count = len(result["arms"][0]["clips"])
     lines = [
@@ -62,14 +62,13 @@ def table(result: dict) -> list[str]:
         f"{result['call']['num_inference_steps']} steps of which {result['dense_share']:.0%} dense, "
         f"{result['device']}, torch {result['torch']}, {result['date']}.",
         "",
-        f"| method | density | {' | '.join(METRICS[m] for m in metrics)} | attention error | PSNR less auto's (95 %) |",
+        f"| method | density | {' | '.join(METRICS[m] for m in metrics)} | attention error | PSNR less auto's at this density (95 %) |",
         "|---|---|" + "---|" * (len(metrics) + 2),
     ]
-    auto = {a["target"]: a for a in result["arms"] if a["method"] == "auto"}
+    auto = [a for a in result["arms"] if a["method"] == "auto"]
     for arm in sorted(result["arms"], key=lambda a: (-(a["target"] or 0), -mean(a, "psnr"))):
         values = " | ".join(f"{mean(arm, m):.{2 if m == 'psnr' else 4}f}" for m in metrics)
-        other = auto.get(arm["target"])
-        difference = "" if other is None or other is arm else paired(arm, other, "psnr")
+        difference = "" if arm in auto else paired(arm, auto, "psnr", result["seeds"])
         lines.append(
             f"| {arm['label']} | {arm['density']:.3f} | {values} | {arm['attention_error']:.3f} | {difference} |"
         )
@@ -96,18 +95,39 @@ def cost_table(cost: dict) -> list[str]:
 
 def mean(arm: dict, metric: str) -> float:
     """Over the clips."""
-    values = [clip[metric] for clip in arm["clips"]]
-    return sum(values) / len(values)
+    return mean_of([clip[metric] for clip in arm["clips"]])
 
 
-def paired(arm: dict, other: dict, metric: str) -> str:
-    """Mean difference clip by clip, with a bootstrap interval over the clips."""
-    differences = [a[metric] - b[metric] for a, b in zip(arm["clips"], other["clips"], strict=True)]
+def paired(arm: dict, auto: list[dict], metric: str, seeds: int) -> str:
+    """Mean difference clip by clip, with a bootstrap interval over the prompts; empty far from `auto`'s densities.
+
+    Budgets round differently, so `auto`'s clips are interpolated between the two of its densities on either side.
+    """
+    line = sorted(auto, key=lambda a: a["density"])
+    slack = 0.02  # past the ends of the line
+    if (
+        len(line) < 2
+        or not line[0]["density"] - slack <= arm["density"] <= line[-1]["density"] + slack
+    ):
+        return ""
+    right = next((i for i, a in enumerate(line) if a["density"] >= arm["density"]), len(line) - 1)
+    low, high = line[max(right, 1) - 1], line[max(right, 1)]
+    share = (arm["density"] - low["density"]) / (high["density"] - low["density"])
+    differences = [
+        clip[metric] - (a[metric] + share * (b[metric] - a[metric]))
+        for clip, a, b in zip(arm["clips"], low["clips"], high["clips"], strict=True)
+    ]
+    # The seeds of one prompt are no independent evidence.
+    prompts = [mean_of(differences[i : i + seeds]) for i in range(0, len(differences), seeds)]
     draw = random.Random(0)
-    n = len(differences)
-    means = sorted(sum(draw.choices(differences, k=n)) / n for _ in range(RESAMPLES))
-    low, high = means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)]
-    return f"{sum(differences) / n:+.2f} ({low:+.2f} to {high:+.2f})"
+    means = sorted(mean_of(draw.choices(prompts, k=len(prompts))) for _ in range(RESAMPLES))
+    start, stop = means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)]
+    return f"{mean_of(prompts):+.2f} ({start:+.2f} to {stop:+.2f})"
+
+
+def mean_of(values: list[float]) -> float:
+    """Arithmetic mean."""
+    return sum(values) / len(values)
 
 
 def picture(results: list[dict], path: Path) -> None:

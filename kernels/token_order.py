@@ -19,12 +19,12 @@ TILE_BYTES = 4096
 def gather_tokens(
     tensors: tuple[Tensor, ...], index: Tensor, heads: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """`y[b, i, h] = x[b, index[heads[h], i], h]` for every `x`, as contiguous tensors.
+    """`y[b, i, h] = x[b, index[heads[b, h], i], h]` for every `x`, as contiguous tensors.
 
     Args:
         tensors: one to three of one shape `[B, S, H, D]`, any strides.
         index: `int32 [orders, S]`, each row a permutation of the tokens.
-        heads: `int32 [H]`, which row of `index` each head follows; left out, all follow the first.
+        heads: `int32 [H]` or `[B, H]`, which row of `index` each head follows; left out, all follow the first.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -41,9 +41,8 @@ def gather_tokens_reference(
     """`gather_tokens` in plain torch."""
     if heads is None:
         return tuple(x.index_select(1, index[0]) for x in tensors)
-    num_heads = len(heads)
-    rows = index[heads].t().long() * num_heads + torch.arange(num_heads, device=index.device)
-    return tuple(x.flatten(1, 2).index_select(1, rows.flatten()).view(x.shape) for x in tensors)
+    places = index[heads.expand(tensors[0].shape[0], -1)].long().transpose(1, 2)  # [B, S, H]
+    return tuple(x.gather(1, places[..., None].expand(x.shape)) for x in tensors)
 
 
 def gather_tokens_triton(
@@ -53,6 +52,7 @@ def gather_tokens_triton(
     from sparsediff.kernels._token_order_fwd import gather_rows
 
     tensors = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+    heads = heads if heads is None else heads.contiguous()
     batch, seq, num_heads, dim = tensors[0].shape
     outputs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors)
     if outputs[0].numel():
@@ -68,7 +68,7 @@ def gather_tokens_triton(
             (
                 index.device,
                 tuple((x.dtype, x.shape, x.stride()) for x in tensors),
-                heads is None,
+                None if heads is None else heads.ndim,
                 aligned(*sources, index, *(() if heads is None else (heads,))),
             ),
             (
@@ -79,6 +79,7 @@ def gather_tokens_triton(
                 *(step for x in sources for step in x.stride()[:3]),
                 seq,
                 num_heads,
+                num_heads if heads is not None and heads.ndim == 2 else 0,
             ),
             COUNT=len(tensors),
             PER_HEAD=heads is not None,
@@ -102,5 +103,11 @@ def _check(tensors: tuple[Tensor, ...], index: Tensor, heads: Tensor | None) -> 
     _, seq, num_heads, _ = first.shape
     if index.shape[-1] != seq:
         raise ValueError(f"the order is made for {index.shape[-1]} tokens, the tensor has {seq}")
-    if heads is not None and len(heads) != num_heads:
-        raise ValueError(f"the order is made for {len(heads)} heads, the tensor has {num_heads}")
+    if heads is not None and heads.shape[-1] != num_heads:
+        raise ValueError(
+            f"the order is made for {heads.shape[-1]} heads, the tensor has {num_heads}"
+        )
+    if heads is not None and heads.ndim == 2 and len(heads) != len(first):
+        raise ValueError(
+            f"the order is made for a batch of {len(heads)}, the tensor has {len(first)}"
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,16 +76,30 @@ class Calibration:
         if name != self.method:
             raise ValueError(f"this calibration is for {self.method}, not for {name}")
 
+    def check_tensors(self, names: Collection[str]) -> None:
+        """Refuse to run without what the method looks up.
+
+        Raises:
+            ValueError: the message names what is missing.
+        """
+        if missing := [name for name in names if name not in self.tensors]:
+            raise ValueError(
+                f"this {self.method} calibration lacks {', '.join(missing)}: it is incomplete; calibrate again with "
+                "`sparsediff calibrate`"
+            )
+
     def check_model(self, layout: ModelLayout) -> None:
         """Refuse another model.
 
         Raises:
             ValueError: the message names the fields that differ.
         """
-        differ = [
-            f"{f.name}: measured {_short(getattr(self.model, f.name))}, here {_short(getattr(layout, f.name))}"
+        pairs = {
+            f.name: (getattr(self.model, f.name), getattr(layout, f.name))
             for f in fields(ModelLayout)
-            if getattr(self.model, f.name) != getattr(layout, f.name)
+        }
+        differ = [
+            f"{name}: {_difference(*pair)}" for name, pair in pairs.items() if pair[0] != pair[1]
         ]
         if differ:
             raise ValueError(
@@ -204,8 +218,15 @@ def _tuples(value: object) -> object:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _short(value: object) -> str:
-    return f"{len(value)} layers" if isinstance(value, tuple) else str(value)
+def _difference(measured: object, here: object) -> str:
+    if isinstance(measured, tuple):
+        if len(measured) != len(here):
+            measured, here = f"{len(measured)} layers", f"{len(here)} layers"
+        else:
+            measured, here = next(
+                pair for pair in zip(measured, here, strict=True) if len({*pair}) > 1
+            )
+    return f"measured {measured}, here {here}"
 
 
 def _from_hub(repo_id: str, **hub) -> Path:
@@ -229,9 +250,8 @@ class Call:
     key: Tensor
     value: Tensor
     dense: Callable[[], Tensor]
-    sparse: (
-        Callable[[], Tensor] | None
-    )  # what the enabled method returns; None where the schedule is dense
+    # What the enabled method returns, and whether it did so sparsely; None where it has no say.
+    sparse: Callable[[], tuple[Tensor, bool]] | None
 
     @property
     def scale(self) -> float:
@@ -279,15 +299,25 @@ def step_bin(step: int, num_steps: int | None, bins: int) -> int:
     return min(bins - 1, step * bins // max(1, num_steps))
 
 
-def nearest_seen(seen: Mapping[str, object], bins: int) -> dict[str, str]:
-    """For every `"bin row"` of the rows in `seen` the entry that serves it: its own, or the nearest bin's.
+def nearest_seen(
+    seen: Mapping[str, object], bins: int, layers: Mapping[str, int]
+) -> dict[str, str]:
+    """For every `"bin row"` the entry of `seen` that serves it: its own, or the nearest bin's.
 
     A run with more steps than the calibration, or with experts that take over elsewhere, meets bins that it did not.
+
+    Raises:
+        ValueError: some of `layers` (name to row) was never seen.
     """
     met: dict[int, list[int]] = {}
     for where in seen:
         stretch, row = map(int, where.split())
         met.setdefault(row, []).append(stretch)
+    if missing := [name for name, row in layers.items() if row not in met]:
+        raise ValueError(
+            f"{len(missing)} layers were never called while calibrating ({missing[0]}, ...): take as many steps as the "
+            "runs to come, so that every expert has its turn, and no cache that skips layers"
+        )
     return {
         f"{stretch} {row}": f"{min(there, key=lambda b: abs(b - stretch))} {row}"
         for row, there in met.items()

@@ -6,7 +6,8 @@ import contextlib
 import datetime
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from sparsediff.methods import CalibratedMethod, Method, build_method
 from sparsediff.report import RunReport
 
 PARTIAL = "partial.pt"
+OURS = ("prompt", "generator", "output_type")  # arguments of the pipeline's call
 
 
 class AttentionError(Calibrator):
@@ -31,7 +33,10 @@ class AttentionError(Calibrator):
         """Both outputs, where the schedule lets the method choose."""
         if call.sparse is None:
             return call.dense()
-        dense, sparse = call.dense(), call.sparse()
+        output, was_sparse = call.sparse()
+        if not was_sparse:  # a search in a dense call is no approximation
+            return output
+        dense, sparse = call.dense(), output
         difference = (sparse.float() - dense.float()).norm() / dense.float().norm().clamp_min(1e-20)
         self.total = self.total + difference
         self.calls += 1
@@ -74,32 +79,48 @@ def calibrate(
         prompts: one or two are what the papers use; every one is generated once a pass and once for the error.
         seed: of the noise; prompt `i` gets `seed + i`.
         folder: where the artefact goes, and unfinished work until then: the same call picks it up again.
-        progress: show a progress bar over generations.
+        progress: show progress bars over generations and their steps, and say what became of unfinished work.
         call: arguments of the pipeline's call, such as `num_frames`; the size and the number of steps count.
         method_params: parameters of the method by name.
 
     Raises:
-        ValueError: no prompts, a method that needs none, a model that is not supported, or a run whose attention no
-            method can serve.
+        ValueError: no prompts, a method that needs none, a model that is not supported, a pipeline that is enabled, or
+            a run whose attention no method can serve.
+        TypeError: a bare transformer.
     """
     from tqdm.auto import tqdm
 
-    from sparsediff.api import model_layout, watch
+    from sparsediff.api import model_layout, require_stock_pipeline, watch
 
     method = build_method(method, **method_params)
     if not isinstance(method, CalibratedMethod):
         raise ValueError(f"{method.name} measures nothing beforehand; enable it as it is")
     if not prompts or isinstance(prompts, str):
         raise ValueError("prompts must be a list of at least one prompt")
+    if ours := [name for name in OURS if name in (call or {})]:
+        raise ValueError(
+            f"call must not hold {', '.join(ours)}: calibrate() sets {', '.join(OURS)} itself, from prompts and seed"
+        )
+    require_stock_pipeline(pipe)
     method = replace(method, calibration=None)
     layout = model_layout(pipe)
-    work = _Work(folder, _fingerprint(method, layout, prompts, seed, call))
+    work = _Work(folder, _fingerprint(pipe, method, layout, prompts, seed, call))
     calibrator = method.calibrator(layout)
     total = (calibrator.passes + 1) * len(prompts)
     grids = set(work.resume(calibrator))
-    with tqdm(
-        total=total, initial=work.done, disable=not progress, desc=f"calibrate {method.name}"
-    ) as bar:
+
+    def say(text: str) -> None:
+        if progress:
+            tqdm.write(text, file=sys.stderr)
+
+    with (
+        tqdm(
+            total=total, initial=work.done, disable=not progress, desc=f"calibrate {method.name}"
+        ) as bar,
+        _saying_what_is_kept(work, total, say),
+    ):
+        if work.note:
+            say(work.note)
 
         def generate(watched: Calibrator, i: int, method: CalibratedMethod) -> RunReport:
             calls = []
@@ -114,7 +135,7 @@ def calibrate(
                     )
                 return watched.attend(call)
 
-            with _quiet(pipe), watch(pipe, attend, method=method) as handle:
+            with _step_bar(pipe, shown=progress), watch(pipe, attend, method=method) as handle:
                 generator = torch.Generator("cpu").manual_seed(seed + i)
                 pipe(prompt=prompts[i], generator=generator, output_type="latent", **(call or {}))
                 report = handle.report()
@@ -149,28 +170,39 @@ def calibrate(
 def _measure(calibration, method, prompts, generate) -> Calibration:
     error, densities = AttentionError(), []
     for i in range(len(prompts)):
-        report = generate(error, i, method.calibrated(calibration))
+        report = generate(error, i, method.calibrated(calibration, given=()))
         densities.append(report.density)
     return replace(calibration, density=sum(densities) / len(densities), error=error.mean)
 
 
 class _Work:
-    """Unfinished work in a folder: whatever was seen, and for what."""
+    """Unfinished work in a folder: whatever was seen, and for what; `note` says what became of an earlier run's."""
 
-    def __init__(self, folder: str | Path | None, fingerprint: str) -> None:
+    def __init__(self, folder: str | Path | None, fingerprint: dict[str, str]) -> None:
         self.path = None if folder is None else Path(folder) / PARTIAL
-        self.fingerprint, self.done = fingerprint, 0
+        self.fingerprint, self.done, self.note = fingerprint, 0, ""
 
     def resume(self, calibrator: Calibrator) -> list[str]:
+        """Go on from what is there, if it is for the same; returns the grids that were met."""
         if self.path is None or not self.path.exists():
             return []
-        # Only numbers, strings and tensors are ever in it.
-        stored = torch.load(self.path, weights_only=True)
-        if stored["fingerprint"] != self.fingerprint:
-            return []  # other prompts, parameters or model
-        self.done = stored["done"]
-        calibrator.load_state(stored["state"])
-        return stored["grids"]
+        try:
+            # Only numbers, strings and tensors are ever in it.
+            stored = torch.load(self.path, weights_only=True)
+            before, done, grids, state = (
+                stored[name] for name in ("fingerprint", "done", "grids", "state")
+            )
+            differ = [name for name, mark in self.fingerprint.items() if before.get(name) != mark]
+            if not differ:
+                calibrator.load_state(state)
+        except Exception:  # a torn file makes `torch.load` raise nearly anything
+            self.note = f"starting over: {self.path} is damaged"
+            return []
+        if differ:
+            self.note = f"starting over: {self.path} was made with another {', '.join(differ)}"
+            return []
+        self.done, self.note = done, f"resuming: {self.path} ends after generation {done}"
+        return grids
 
     def save(self, calibrator: Calibrator, done: int, grids: list[str]) -> None:
         self.done = done
@@ -188,10 +220,27 @@ class _Work:
 
 
 @contextlib.contextmanager
-def _quiet(pipe: object) -> Iterator[None]:
-    """One bar for the whole calibration instead of one a generation."""
+def _saying_what_is_kept(work: _Work, total: int, say: Callable[[str], None]) -> Iterator[None]:
+    """On Ctrl-C; nothing to say where there is no folder."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if work.path is not None:
+            kept = (
+                f"{work.done} of {total} generations are kept in {work.path.parent}; the same again goes on from there"
+                if work.done
+                else "no generation was finished, so nothing is kept"
+            )
+            say(f"stopped: {kept}")
+        raise
+
+
+@contextlib.contextmanager
+def _step_bar(pipe: object, *, shown: bool) -> Iterator[None]:
+    """The pipeline's own bar over its steps, below that over generations while it runs."""
     before = getattr(pipe, "_progress_bar_config", None)
-    pipe.set_progress_bar_config(**{**(before or {}), "disable": True})
+    ours = {"disable": not shown, "leave": False, "desc": "  steps"}
+    pipe.set_progress_bar_config(**{**(before or {}), **ours})
     try:
         yield
     finally:
@@ -202,10 +251,46 @@ def _quiet(pipe: object) -> Iterator[None]:
 
 
 def _fingerprint(
-    method: Method, layout: ModelLayout, prompts: Sequence[str], seed: int, call: dict | None
-) -> str:
-    text = repr((str(method), layout, list(prompts), seed, sorted((call or {}).items(), key=str)))
-    return hashlib.sha256(text.encode()).hexdigest()
+    pipe: object,
+    method: Method,
+    layout: ModelLayout,
+    prompts: Sequence[str],
+    seed: int,
+    call: dict | None,
+) -> dict[str, str]:
+    """A mark of each thing that work can be unfinished for, by the word that names it."""
+    import sparsediff
+
+    scheduler = getattr(pipe, "scheduler", None)
+    parts = {
+        "method": str(method),
+        "model": (_model_name(pipe), layout),
+        "weights or dtype": _weights(pipe, layout),
+        "scheduler": (type(scheduler).__name__, dict(getattr(scheduler, "config", {}))),
+        "device": pipe._execution_device.type,
+        "prompts": list(prompts),
+        "seed": seed,
+        "call": sorted((call or {}).items(), key=str),
+        "version of sparsediff": sparsediff.__version__,
+    }
+    return {name: hashlib.sha256(repr(part).encode()).hexdigest() for name, part in parts.items()}
+
+
+def _weights(pipe: object, layout: ModelLayout) -> list[tuple]:
+    """Type and shape of every parameter of the transformers, and the sum of its first entries where it holds any."""
+    marks = []
+    for name in layout.transformers:
+        for parameter in getattr(pipe, name).parameters():
+            start = parameter.detach()
+            # Offloaded ones are on "meta", and quantised ones are tensors of their own kind.
+            known = type(start) is Tensor and not start.is_meta
+            total = start.reshape(-1)[:4096].cpu().double().sum().item() if known else None
+            marks.append((parameter.dtype, tuple(parameter.shape), total))
+    return marks
+
+
+def _model_name(pipe: object) -> str:
+    return str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)
 
 
 def _provenance(pipe: object, prompts: Sequence[str], seed: int, call: dict | None) -> dict:
@@ -215,7 +300,7 @@ def _provenance(pipe: object, prompts: Sequence[str], seed: int, call: dict | No
 
     parameter = next(pipe.transformer.parameters())
     return {
-        "model": str(getattr(pipe, "name_or_path", "") or type(pipe).__name__),
+        "model": _model_name(pipe),
         "prompts": len(prompts),
         "prompts_sha256": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         "seed": seed,

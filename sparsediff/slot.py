@@ -22,7 +22,7 @@ class MaskSlot:
     density: Tensor | None = None  # float32 [H], averaged over the batch
     refreshed_at: int | None = None
     lists: BlockMask | None = None
-    heads: Tensor | None = None  # int32 [H], the window of each head, where the method chooses
+    heads: Tensor | None = None  # int32 [B, H], the window of each head, where the method chooses
     # float16 [B, H, S] in the order of the mask: an old one is off by far more than the rounding
     lse: Tensor | None = None
 

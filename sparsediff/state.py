@@ -215,16 +215,17 @@ class RunState:
             reason = self.schedule.dense_reason(site)
             warn = reason == UNKNOWN_STEPS
             if self.observer is not None:
-                if reason is not None:
+                if reason is not None and not self._looks_ahead(site):
                     self._record_dense(index, reason, warn=warn)
 
-                def sparse() -> Tensor:
-                    out, why = self._attend(index, site, query, key, value, None)
+                def sparse() -> tuple[Tensor, bool]:
+                    out, why = self._attend(index, site, query, key, value, reason)
                     if out is None:
                         self._record_dense(index, why, warn=True)
-                    return dense() if out is None else out
+                        out = dense()
+                    return out, self.recorder.calls[-1].density is not None
 
-                choose = sparse if reason is None else None
+                choose = sparse if reason is None or self._looks_ahead(site) else None
                 return self.observer(Call(site, query, key, value, dense, choose))
             if reason is None or self._looks_ahead(site):
                 out, why = self._attend(index, site, query, key, value, reason)
@@ -328,6 +329,7 @@ class RunState:
         # On the CPU reading the density costs nothing, and above break-even the exact result is also the faster one.
         if (
             threshold is None
+            and self.observer is None  # who measures wants to see what the method does
             and query.device.type == "cpu"
             and slot.density.mean() > CPU_BREAK_EVEN
         ):

@@ -195,7 +195,7 @@ class TokenOrder:
     ) -> tuple[Tensor, ...]:
         """Reorder tensors `[B, S, H, D]`, up to three at once, so that the tokens of a window are neighbours.
 
-        `heads`, `int32 [H]` on the tensors' device, stands in for the field of that name.
+        `heads`, `int32 [H]` or `[B, H]` on the tensors' device, stands in for the field of that name.
         """
         index = self.permutation(grid, tensors[0].device)
         return gather_tokens(tensors, index, self._rows(heads, tensors[0].device))
@@ -211,7 +211,7 @@ class TokenOrder:
         """Reorder one number a token, `[B, H, S]`, as `apply` does the tokens."""
         index = self.permutation(grid, rows.device).long()
         heads = self._rows(heads, rows.device)
-        index = index[0] if heads is None else index[heads.long()]
+        index = index[0] if heads is None else index[heads.long()]  # [S], [H, S] or [B, H, S]
         return rows.gather(-1, index.expand(rows.shape))
 
     def _rows(self, heads: Tensor | None, device: torch.device) -> Tensor | None:

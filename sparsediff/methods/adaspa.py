@@ -59,6 +59,7 @@ class AdaSpa(Method):
             ),
             "rising shares of the steps in [0, 1), such as (0.2, 0.6)",
         )
+        self._require("head_adaptive", bool)
         self._require("recall_limit", float, lambda x: 0 <= x <= 1, "a share in [0, 1]")
         self._require("block", int, lambda x: x in (32, 64, 128), "32, 64 or 128")
 

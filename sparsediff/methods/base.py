@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
@@ -106,7 +106,7 @@ class Method(ABC):
     def choose_windows(
         self, query: Tensor, key: Tensor, site: AttentionSite, lse: Tensor | None
     ) -> Tensor:
-        """For an `order` of several windows without heads: the window of each head, `int32 [H]`.
+        """For an `order` of several windows without heads: the window of each head, `int32 [B, H]`.
 
         Asked where blocks are chosen.  `query`, `key`, `lse` are in the model's own order.
         """
@@ -155,8 +155,11 @@ class CalibratedMethod(Method):
     # Whether it cannot run without, and whether what it measures only fits tokens of the size it was measured on.
     needs_calibration: ClassVar[bool] = True
     bound_to_grid: ClassVar[bool] = True
-    # Parameters on which the measurements do not depend.
+    # Parameters on which the measurements do not depend, and those whose place they take.
     run_time: ClassVar[frozenset[str]] = frozenset()
+    superseded: ClassVar[frozenset[str]] = frozenset()
+    # What a run looks up in the calibration.
+    tensor_names: ClassVar[tuple[str, ...]] = ()
 
     calibration: Calibration | None = field(default=None, repr=False, compare=False)
 
@@ -164,22 +167,34 @@ class CalibratedMethod(Method):
     def calibrator(self, layout: ModelLayout) -> Calibrator:
         """A fresh observer for `sparsediff.calibrate`."""
 
-    def calibrated(self, calibration: Calibration) -> CalibratedMethod:
-        """The same method with a calibration; a parameter left at its default is what it was when measured.
+    def calibrated(
+        self, calibration: Calibration, given: Collection[str] | None = None
+    ) -> CalibratedMethod:
+        """The same method with a calibration; a parameter that nobody set is what it was when measured.
+
+        Args:
+            calibration: of this method.
+            given: parameters that were set by name; None: those that differ from their defaults.
 
         Raises:
-            ValueError: it was measured for another method, or with another value of a parameter.
+            ValueError: it was measured for another method or with another value of a parameter, or is incomplete.
         """
         calibration.check_method(self.name)
+        calibration.check_tensors(self.tensor_names)
         changes = {}
         for f in fields(self):
-            mine = getattr(self, f.name)
-            measured = calibration.parameters.get(f.name, mine)
-            if mine == measured or not f.repr:
+            if not f.repr or f.name not in calibration.parameters:
                 continue
-            if mine == f.default:
+            mine, measured = getattr(self, f.name), calibration.parameters[f.name]
+            is_given = mine != f.default if given is None else f.name in given
+            if not is_given:
                 changes[f.name] = measured
-            elif f.name not in self.run_time:
+            elif f.name in self.superseded and (given is not None or mine != measured):
+                raise ValueError(
+                    f"{f.name}={mine!r} contradicts a {self.name} calibration, which brings its own for each step and "
+                    f"layer; leave {f.name} out, or leave the calibration out"
+                )
+            elif mine != measured and f.name not in self.run_time:
                 raise ValueError(
                     f"{f.name}={mine!r} contradicts this {self.name} calibration, measured with "
                     f"{f.name}={measured!r}; leave {f.name} out, or calibrate again"

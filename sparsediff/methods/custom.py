@@ -120,7 +120,8 @@ class Custom(Method):
                 rows = alone.apply_rows(site.grid, lse)[..., : blocks * block]
                 rows = rows.unflatten(-1, (blocks, block))[..., sample, :].flatten(-2)
             mass = block_mass(q, k, (block, block), scale=site.scale, lse=rows)
-            shares.append(recall(mass, row_top_k(mass, min(self.density, 0.5))).mean(0))
+            shares.append(recall(mass, row_top_k(mass, min(self.density, 0.5))))
+        # Each clip for itself: what a prompt gives must not depend on what it is generated beside.
         return torch.stack(shares).argmax(0).to(torch.int32)
 
     def refreshes(self, site: AttentionSite, last_refresh: int | None) -> bool:

@@ -59,6 +59,7 @@ class DraftAttention(Method):
                 f"pool_h * pool_w is the block and must be 64 or 128, got {self.pool_h} * {self.pool_w}"
             )
 
+        self._require("int8", bool)
         self._require(
             "sub_blocks",
             int,

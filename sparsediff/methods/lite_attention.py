@@ -38,8 +38,8 @@ class LiteAttention(CalibratedMethod):
         must_keep: token ranges whose tiles are visited by every query and whose queries visit every tile; text is so
             without being named.  Ranges grow to whole tiles.
         must_skip: token ranges that no query attends to, from the first call on; they shrink to whole tiles.
-        error: for `sparsediff calibrate`: relative L1 change of a call's output that a step's skips may cause, in the
-            middle third of the steps (published: 0.075) ...
+        error: for `sparsediff calibrate`: relative L1 error of a call's output against dense attention that the skips
+            so far may cause, in the middle third of the steps (published: 0.075) ...
         error_spread: ... the first third gets this much less, the last this much more (published: 0.01).
 
     A calibration holds a threshold for each step and layer, which then take the place of `threshold`.
@@ -62,6 +62,7 @@ class LiteAttention(CalibratedMethod):
     error: float = 0.075
     error_spread: float = 0.01
 
+    tensor_names: ClassVar[tuple[str, ...]] = ("thresholds",)
     needs_calibration: ClassVar[bool] = False
     bound_to_grid: ClassVar[bool] = False
     run_time: ClassVar[frozenset[str]] = frozenset({"threshold", "must_keep", "must_skip"})
@@ -180,7 +181,8 @@ class _LiteCalibrator(Calibrator):
             )
 
         now = self.masks[key]
-        out = run(now).out
+        out, exact = run(now).out, call.dense().float()
+        size = exact.abs().sum().clamp_min(1e-20)
         target = error_target(site.step, site.num_steps, method.error, method.error_spread)
         low, high, best = LOWEST, HIGHEST, (LOWEST, now)
         forced = forced_blocks(site.grid, method.tile, device=now.device)
@@ -189,26 +191,29 @@ class _LiteCalibrator(Calibrator):
         for _ in range(PROBES):
             middle = (low + high) / 2
             keep = run(now, middle).vote | forced
-            change = (run(keep).out - out).abs().sum() / out.abs().sum().clamp_min(1e-20)
-            if change > target:
+            error = (run(keep).out.float() - exact).abs().sum() / size
+            if not error <= target:
                 high = middle
                 continue
             low, best = middle, (middle, keep)
-            if change > 0.9 * target:
+            if error > 0.9 * target:
                 break
         threshold, self.masks[key] = best
         self.steps = site.num_steps
-        row = self.found.setdefault(site.step, torch.full((len(self.layers),), HIGHEST))
+        row = self.found.setdefault(site.step, torch.full((len(self.layers),), torch.inf))
         # The most cautious of all branches and prompts.
         row[self.layers[site.name]] = min(row[self.layers[site.name]].item(), threshold)
         return out
 
     def tensors(self) -> dict[str, Tensor]:
-        """`thresholds` `float32 [steps, L]`, log2 units; a step that was dense has the published one."""
-        published = torch.full((len(self.layers),), self.method.threshold)
-        return {
-            "thresholds": torch.stack([self.found.get(i, published) for i in range(self.steps)])
-        }
+        """`thresholds` `float32 [steps, L]`, log2 units; a call not met takes its layer's nearest step, or the default."""
+        thresholds = torch.full((self.steps, len(self.layers)), self.method.threshold)
+        for layer in range(len(self.layers)):
+            met = [i for i, row in self.found.items() if row[layer].isfinite()]
+            for step in range(self.steps) if met else ():
+                nearest = min(met, key=lambda i: abs(i - step))
+                thresholds[step, layer] = self.found[nearest][layer]
+        return {"thresholds": thresholds}
 
     def state(self) -> dict[str, object]:
         """What was found."""

@@ -61,6 +61,8 @@ class PAROAttention(CalibratedMethod):
     citation: ClassVar[str] = "arXiv:2506.16054"
     run_time: ClassVar[frozenset[str]] = frozenset({"int8"})
 
+    tensor_names: ClassVar[tuple[str, ...]] = ("orders", "masks")
+
     density: float = 0.5
     bins: int = 4
     block: int = 64
@@ -78,6 +80,7 @@ class PAROAttention(CalibratedMethod):
         for name in ("alpha", "sigma"):
             self._require(name, float, lambda x: 0 <= x <= 1, "a share in [0, 1]")
         self._require("epsilon", float, lambda x: x > 0, "above 0")
+        self._require("int8", bool)
 
     @property
     def backend(self) -> str:
@@ -201,7 +204,7 @@ class _PAROCalibrator(Calibrator):
         masks = torch.zeros(
             self.method.bins, len(self.rows), *shape[:2], math.ceil(shape[2] / 8), dtype=torch.uint8
         )
-        for where, seen in nearest_seen(self.mass, self.method.bins).items():
+        for where, seen in nearest_seen(self.mass, self.method.bins, self.rows).items():
             stretch, row = map(int, where.split())
             keep = torch.ones(shape, dtype=torch.bool)
             keep[:, visual, visual] = head_percentile(

@@ -70,6 +70,8 @@ class SparseVDiT(CalibratedMethod):
     )
     citation: ClassVar[str] = "arXiv:2506.03065"
 
+    tensor_names: ClassVar[tuple[str, ...]] = ("modes", "stripes")
+
     density: float | None = None
     lambda_: float = 0.05
     epsilon: float = 0.05
@@ -281,7 +283,7 @@ class _VDiTCalibrator(Calibrator):
         width = next(iter(self.columns.values())).shape[-1]
         modes = torch.zeros(bins, layers, heads, dtype=torch.uint8)
         stripes = torch.zeros(bins, layers, heads, -(-width // 8), dtype=torch.uint8)
-        for where, seen in nearest_seen(self.columns, bins).items():
+        for where, seen in nearest_seen(self.columns, bins, self.rows).items():
             stretch, row = map(int, where.split())
             modes[stretch, row] = self._assign(*map(int, seen.split()))
             stripes[stretch, row] = pack_bits(self._best(self.columns[seen]))

@@ -1,13 +1,17 @@
 """The artefact: files, what it refuses, how methods take it."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 import torch
 
+import sparsediff
 from sparsediff import Calibration, LiteAttention, PAROAttention, SparseVDiT, TokenGrid
+from sparsediff.api import with_calibration
 from sparsediff.calibration import FILE, SCHEMA, ModelLayout, nearest_seen, step_bin
+from sparsediff.testing import random_wan_pipeline
 
 LAYOUT = ModelLayout(
     transformers={"transformer": "WanTransformer3DModel"},
@@ -15,6 +19,12 @@ LAYOUT = ModelLayout(
     heads=2,
     head_dim=12,
 )
+
+
+PARO = {
+    "method": "paro_attention",
+    "tensors": {"orders": torch.zeros(2, 2), "masks": torch.zeros(1, 2, 2)},
+}
 
 
 def make(**changes):
@@ -114,13 +124,15 @@ def test_another_method_is_refused():
         ("heads", 12, "heads: measured 2, here 12"),
         ("head_dim", 128, "head_dim: measured 12, here 128"),
         ("layers", LAYOUT.layers[:1], "layers: measured 2 layers, here 1 layers"),
-        ("layers", LAYOUT.layers[::-1], "layers: measured 2 layers"),
+        (
+            "layers",
+            (LAYOUT.layers[0], "transformer.blocks.7.attn1"),
+            r"layers: measured transformer\.blocks\.1\.attn1, here transformer\.blocks\.7\.attn1\)",
+        ),
         ("transformers", {"transformer": "Other"}, "transformers: measured .*here .*Other"),
     ],
 )
 def test_another_model_is_refused(field, value, message):
-    import dataclasses
-
     make().check_model(LAYOUT)
     with pytest.raises(ValueError, match=message):
         make().check_model(dataclasses.replace(LAYOUT, **{field: value}))
@@ -137,7 +149,7 @@ def test_other_tokens_are_refused():
 def test_parameters_come_with_the_calibration():
     """Blocks measured with one block size mean nothing with another, so nobody has to repeat it."""
     measured = PAROAttention(block=128, density=0.3)
-    calibration = make(method="paro_attention", parameters=measured.parameters())
+    calibration = make(**PARO, parameters=measured.parameters())
     assert PAROAttention().calibrated(calibration).parameters() == measured.parameters()
     assert PAROAttention(block=128).calibrated(calibration) == measured
     assert PAROAttention(int8=True).calibrated(calibration).int8, "int8 is for the run to choose"
@@ -145,6 +157,69 @@ def test_parameters_come_with_the_calibration():
         PAROAttention(density=0.2).calibrated(calibration)
     lite = make()
     assert LiteAttention(must_skip=((0, 9),)).calibrated(lite).must_keep == ((0, 10), (20, 30))
+
+
+def test_what_is_set_by_name_is_never_overruled():
+    """Also where it equals the default, which the fields of a method cannot tell from what nobody set."""
+    calibration = make(**PARO, parameters=PAROAttention(density=0.3).parameters())
+    for given in ({}, {"density": 0.3}):
+        method = with_calibration(PAROAttention(**given), calibration, given)
+        assert method.density == 0.3
+    with pytest.raises(ValueError, match=r"density=0\.5 contradicts .* density=0\.3; leave"):
+        with_calibration(PAROAttention(density=0.5), calibration, {"density"})
+    eight_bits = make(**PARO, parameters=PAROAttention(int8=True).parameters())
+    assert not PAROAttention(int8=False).calibrated(eight_bits, given={"int8"}).int8
+    assert PAROAttention().calibrated(eight_bits, given=()).int8
+
+
+def test_enable_passes_on_what_is_set_by_name():
+    pipe = random_wan_pipeline()
+    calibration = make(**PARO, parameters=PAROAttention(density=0.3).parameters())
+    with pytest.raises(ValueError, match=r"density=0\.5 contradicts"):
+        sparsediff.enable(pipe, "paro_attention", density=0.5, calibration=calibration)
+
+
+def test_what_measurements_replace_cannot_be_set_beside_them():
+    class Replaced(LiteAttention):
+        superseded = frozenset({"threshold"})
+
+    assert Replaced().calibrated(make()).threshold == -10
+    for method, given in (
+        (Replaced(threshold=-5.0), None),
+        (Replaced(threshold=-5.0), {"threshold"}),
+        (Replaced(), {"threshold"}),
+    ):
+        with pytest.raises(ValueError, match=r"threshold=.* brings its own .*leave threshold out"):
+            method.calibrated(make(), given)
+    measured = make(parameters=Replaced(threshold=-5.0).parameters())
+    assert Replaced(threshold=-5.0).calibrated(measured).threshold == -5, "as it was measured"
+
+
+def test_an_incomplete_calibration_is_refused():
+    class Complete(LiteAttention):
+        tensor_names = ("thresholds", "bits")
+
+    Complete().calibrated(make())
+    with pytest.raises(ValueError, match=r"lite_attention calibration lacks thresholds, bits: it"):
+        Complete().calibrated(make(tensors={}))
+
+
+def test_yes_or_no_is_no_number():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Flagged(LiteAttention):
+        flag: object = False
+        count: object = 1
+
+        def __post_init__(self):
+            self._require("flag", bool)
+            self._require("count", int)
+
+    assert Flagged(flag=True).flag
+    for wrong in (0, 1, None, "false"):
+        with pytest.raises(ValueError, match=f"flag must be True or False, got {wrong!r}"):
+            Flagged(flag=wrong)
+    with pytest.raises(ValueError, match="count must be of type int, got True"):
+        Flagged(count=True)
 
 
 def test_bins_share_a_run_evenly():
@@ -157,7 +232,7 @@ def test_bins_share_a_run_evenly():
 
 def test_a_bin_that_was_not_met_takes_the_nearest():
     seen = {"0 0": 1, "2 0": 1, "3 1": 1}
-    assert nearest_seen(seen, 4) == {
+    assert nearest_seen(seen, 4, {"a": 0, "b": 1}) == {
         **{"0 0": "0 0", "1 0": "0 0", "2 0": "2 0", "3 0": "2 0"},
         **{f"{b} 1": "3 1" for b in range(4)},
     }

@@ -44,6 +44,18 @@ def test_every_head_its_own_order(form, seq, dim):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("seq", [1, 65, 130])
+def test_every_clip_and_head_its_own_order(form, seq):
+    x, index = make(3, seq, 2, 64), make_index(3, seq)
+    heads = torch.tensor([[0, 2], [1, 1], [2, 0]], dtype=torch.int32)
+    (moved,) = form((x,), index, heads)
+    for b in range(3):
+        assert torch.equal(moved[b : b + 1], one_by_one(x[b : b + 1], index, heads[b]))
+    (moved,) = form((x,), index, torch.stack([heads[:, 1], heads[:, 0]], 1).flip(1))
+    assert torch.equal(moved[:1], one_by_one(x[:1], index, heads[0]))
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_any_count_and_dtype(form, count, dtype):

@@ -23,6 +23,7 @@ from sparsediff import (
     SparseVDiT,
     TokenGrid,
 )
+from sparsediff.api import watch
 from sparsediff.pipelines.wan import WanAdapter
 from sparsediff.testing import random_wan_pipeline
 
@@ -36,14 +37,13 @@ WINDOWS = ((1, 8, 8), "HWF", (3, 5, 7))
 def generate(pipe, *, steps=3, seed=0, **changes):
     """Latents of one prompt; 5 x 8 x 8 tokens make five blocks of 64."""
     pipe.set_progress_bar_config(disable=True)
-    return pipe(
-        prompt="a small red circle moves left",
-        num_inference_steps=steps,
-        guidance_scale=3.0,
-        output_type="latent",
-        generator=torch.Generator().manual_seed(seed),
-        **{**SMALL, **changes},
-    ).frames
+    call = {
+        "prompt": "a small red circle moves left",
+        "generator": torch.Generator().manual_seed(seed),
+        **SMALL,
+        **changes,
+    }
+    return pipe(num_inference_steps=steps, guidance_scale=3.0, output_type="latent", **call).frames
 
 
 @pytest.fixture
@@ -437,7 +437,7 @@ def test_a_window_is_chosen_by_the_mass_it_holds():
     lse = torch.einsum("bihd,bjhd->bhij", q, q).div(128**0.5).logsumexp(-1)
     for known in (None, lse):
         heads = method.choose_windows(q, q, site, known)
-        assert [windows[i] for i in heads.tolist()] == [(1, 8, 8), (8, 2, 4)]
+        assert [windows[i] for i in heads[0].tolist()] == [(1, 8, 8), (8, 2, 4)]
 
 
 # -- modes by head --------------------------------------------------------------------------------------------------
@@ -448,7 +448,6 @@ def test_vdit_heads_of_all_modes_run_in_one_launch(pipe, monkeypatch):
     import dataclasses
 
     from sparsediff import state
-    from sparsediff.api import watch
 
     method = SparseVDiT(bins=1, costs=COSTS)
     measured = calibration(method)
@@ -462,7 +461,7 @@ def test_vdit_heads_of_all_modes_run_in_one_launch(pipe, monkeypatch):
     errors = []
 
     def look(call):
-        dense, sparse = call.dense(), call.sparse()
+        dense, (sparse, _) = call.dense(), call.sparse()
         if call.site.layer == 0:
             assert (sparse[:, :, 1] == 0).all()
             errors.append((sparse - dense)[:, :, 0].abs().max() / dense.abs().max())
@@ -472,3 +471,32 @@ def test_vdit_heads_of_all_modes_run_in_one_launch(pipe, monkeypatch):
         generate(pipe)
     assert len(launches) == 3 * LAYERS * BRANCHES
     assert max(errors) < 1e-5
+
+
+@pytest.mark.parametrize("method", [Auto(density=0.4, block=64), AdaSpa(sparsity=0.6)])
+def test_a_clip_does_not_depend_on_what_it_is_generated_beside(pipe, method):
+    prompts, seeds = ["a small red circle moves left", "a large green square turns"], (3, 8)
+    with sparsediff.enable(pipe, method, schedule=Schedule(dense_steps=1)):
+        both = generate(
+            pipe, prompt=prompts, generator=[torch.Generator().manual_seed(s) for s in seeds]
+        )
+        for prompt, seed, clip in zip(prompts, seeds, both, strict=True):
+            alone = generate(pipe, prompt=prompt, seed=seed)[0]
+            assert torch.allclose(clip, alone, rtol=0, atol=1e-4 * alone.abs().max().item())
+
+
+def test_who_watches_sees_the_search_where_it_is(pipe, looks):
+    flags = []
+
+    def watcher(call):
+        if call.sparse is None:
+            return call.dense()
+        out, sparse = call.sparse()
+        flags.append((call.site.step, sparse))
+        return out
+
+    with watch(pipe, watcher, method=Auto(block=64), schedule=Schedule(dense_steps=2)):
+        generate(pipe)
+    assert {step for _, step, lse in looks if lse} == {1}
+    assert {step for step, sparse in flags if not sparse} == {1}
+    assert {step for step, sparse in flags if sparse} == {2}
