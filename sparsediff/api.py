@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -60,8 +61,9 @@ def enable(
         ValueError: unknown method, parameter or model, or a setting that cannot work.  Nothing is patched then.
         TypeError: an argument of the wrong kind.
     """
+    given = None if isinstance(method, Method) else frozenset(method_params)
     method = build_method(method, **method_params)
-    method = with_calibration(method, calibration)
+    method = with_calibration(method, calibration, given)
     if schedule is not None and not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a sparsediff.Schedule, got {type(schedule).__name__}")
     if on_unsupported not in ("raise", "dense"):
@@ -84,7 +86,7 @@ def _enable(
             "pipeline, or use dense_above_sigma or a whole number"
         )
     supported, unsupported = _split(transformers, method, on_unsupported)
-    if isinstance(method, CalibratedMethod) and method.calibration is not None:
+    if supported and isinstance(method, CalibratedMethod) and method.calibration is not None:
         method.calibration.check_model(_layout(supported))
     # Everything that can refuse is above.  Only an interrupt can come between here and the end.
     for model in transformers.values():
@@ -117,6 +119,25 @@ def model_layout(target: object) -> ModelLayout:
     return _layout(_transformers(target)[1])
 
 
+def require_stock_pipeline(target: object) -> None:
+    """Refuse what cannot be watched from outside, or is somebody else's at the moment.
+
+    Raises:
+        TypeError: a bare transformer.
+        ValueError: an enabled pipeline, which watching would disable, or one without a transformer.
+    """
+    pipe, transformers = _transformers(target)
+    if pipe is None:
+        raise TypeError(
+            f"calibrate() generates whole clips: give it the pipeline, not a bare {type(target).__name__}"
+        )
+    if any(handle_of(part) is not None for part in (pipe, *transformers.values())):
+        raise ValueError(
+            "this pipeline is enabled, and calibrating it would disable it; call sparsediff.disable(pipe) first, and "
+            "enable() again afterwards"
+        )
+
+
 def _layout(transformers: dict[str, nn.Module]) -> ModelLayout:
     adapters = {name: adapter_for(model) for name, model in transformers.items()}
     return ModelLayout(
@@ -131,25 +152,36 @@ def _layout(transformers: dict[str, nn.Module]) -> ModelLayout:
     )
 
 
-def with_calibration(method: Method, calibration: Calibration | str | Path | None) -> Method:
+def with_calibration(
+    method: Method,
+    calibration: Calibration | str | Path | None,
+    given: Collection[str] | None = None,
+) -> Method:
     """The method ready to run: with its calibration, if it takes one.
 
+    Args:
+        method: without it.
+        calibration: the object, its folder, or a repository of the Hugging Face hub.
+        given: parameters that were set by name; None: those that differ from their defaults.
+
     Raises:
-        ValueError: it takes none, needs one and has none, or this one was not measured for it.
+        ValueError: it takes none, needs one and has none, or this one was not measured for it or for what was given.
         TypeError: something else than a calibration.
         OSError: a folder or repository without one.
     """
     takes_one = isinstance(method, CalibratedMethod)
     if calibration is not None:
         if not takes_one:
-            raise ValueError(f"{method.name} takes no calibration; leave calibration=None")
+            raise ValueError(
+                f"{method.name} takes no calibration; leave it out, or take the method it was measured for"
+            )
         if isinstance(calibration, str | Path):
             calibration = Calibration.from_pretrained(calibration)
         if not isinstance(calibration, Calibration):
             raise TypeError(
                 f"calibration must be a Calibration, a folder or a repository, got {type(calibration).__name__}"
             )
-        method = method.calibrated(calibration)
+        method = method.calibrated(calibration, given)
     if takes_one and method.needs_calibration and method.calibration is None:
         raise ValueError(
             f"{method.name} has to be measured first: sparsediff calibrate --method {method.name} --model MODEL "

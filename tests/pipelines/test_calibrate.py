@@ -106,7 +106,7 @@ def test_stated_density_and_error_are_what_runs_measure(pipe, measured, method):
             densities.append(handle.report().density)
 
         def look(call):
-            dense, sparse = call.dense(), call.sparse()
+            dense, (sparse, _) = call.dense(), call.sparse()
             errors.append(((sparse - dense).norm() / dense.norm()).item())
             return sparse
 
@@ -162,6 +162,88 @@ def test_unfinished_work_for_something_else_is_not_picked_up(pipe, measured, tmp
             run(pipe, method, tmp_path, seed=5)
     assert (tmp_path / PARTIAL).exists()
     assert_same_tensors(run(pipe, method, tmp_path), measured[method][0])
+
+
+def leave_unfinished(pipe, folder, **changes):
+    """What two generations leave behind when the run stops before the error is measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsediff.calibrator._measure", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(pipe, METHODS[1], folder, **changes)
+
+
+def starts_over(folder, capsys, pipe, **changes):
+    """What a run says of the work it finds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsediff.calibrator._measure", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sparsediff.calibrate(
+                pipe, METHODS[1], **{"prompts": PROMPTS, "call": CALL, **changes}, folder=folder
+            )
+    return capsys.readouterr().err
+
+
+def test_unfinished_work_says_for_what_it_was(pipe, tmp_path, capsys, monkeypatch):
+    leave_unfinished(pipe, tmp_path)
+    assert f"resuming: {tmp_path / PARTIAL} ends after generation 2" in starts_over(
+        tmp_path, capsys, pipe
+    )
+    tuned = random_wan_pipeline()
+    with torch.no_grad():
+        tuned.transformer.blocks[1].ffn.net[0].proj.bias[3] += 1e-3
+    named = random_wan_pipeline()
+    named.register_to_config(_name_or_path="somebody/else")
+    for other, changes, words in (
+        (tuned, {}, "weights or dtype"),
+        (named, {}, "model"),
+        (random_wan_pipeline(), {"prompts": PROMPTS[::-1], "seed": 1}, "prompts, seed"),
+        (random_wan_pipeline().to(torch.bfloat16), {}, "weights or dtype"),
+    ):
+        leave_unfinished(pipe, tmp_path)
+        said = starts_over(tmp_path, capsys, other, **changes)
+        assert f"starting over: {tmp_path / PARTIAL} was made with another {words}\n" in said
+    leave_unfinished(pipe, tmp_path)
+    monkeypatch.setattr("sparsediff.__version__", "99")
+    assert "with another version of sparsediff\n" in starts_over(tmp_path, capsys, pipe)
+
+
+@pytest.mark.parametrize("damage", ["empty", "torn", "text", "bare"])
+def test_damaged_unfinished_work_is_done_again(pipe, tmp_path, capsys, damage):
+    leave_unfinished(pipe, tmp_path)
+    partial = tmp_path / PARTIAL
+    whole = partial.read_bytes()
+    if damage == "bare":
+        torch.save({"fingerprint": "of an earlier version"}, partial)
+    else:
+        partial.write_bytes(
+            {"empty": b"", "torn": whole[: len(whole) // 2], "text": b"hello"}[damage]
+        )
+    said = starts_over(tmp_path, capsys, pipe)
+    assert f"starting over: {partial} is damaged" in said
+
+
+def test_nothing_is_said_without_progress(pipe, tmp_path, capsys):
+    leave_unfinished(pipe, tmp_path)
+    leave_unfinished(pipe, tmp_path, seed=4)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_steps_have_a_bar_below_that_of_the_generations(pipe, tmp_path, capsys):
+    said = starts_over(tmp_path, capsys, pipe)
+    assert "calibrate sparse_vdit:" in said
+    assert "  steps:   0%|          | 0/3 [" in said
+
+
+def test_ctrl_c_before_anything_is_finished_says_so(tmp_path, capsys, monkeypatch):
+    pipe = random_wan_pipeline()
+
+    def interrupted(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(pipe), "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sparsediff.calibrate(pipe, METHODS[1], PROMPTS, call=CALL, folder=tmp_path)
+    assert "stopped: no generation was finished, so nothing is kept" in capsys.readouterr().err
 
 
 def test_the_pipeline_is_stock_after_an_exception_inside(pipe):
@@ -281,6 +363,31 @@ def test_impossible_requests_are_refused(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         run(pipe, *arguments[:1], prompts=arguments[1])
     assert_stock(pipe)
+
+
+def test_what_is_in_use_or_no_pipeline_is_refused_at_the_door(measured):
+    pipe = random_wan_pipeline()
+    for target in (pipe, pipe.transformer):
+        with sparsediff.enable(target, "lite_attention") as handle:
+            with pytest.raises(
+                ValueError, match=r"pipeline is enabled.* sparsediff\.disable\(pipe\)"
+            ):
+                run(pipe, METHODS[0])
+            assert handle.enabled
+    with pytest.raises(TypeError, match="give it the pipeline, not a bare WanTransformer3DModel"):
+        run(pipe.transformer, METHODS[0])
+    with pytest.raises(ValueError, match=r"call must not hold prompt, output_type: calibrate\(\)"):
+        run(pipe, METHODS[0], call={**CALL, "output_type": "np", "prompt": "x"})
+
+
+def test_a_pipeline_without_anything_supported_stays_dense_if_asked_to(measured):
+    calibration, _ = measured[METHODS[0]]
+    pipe = random_wan_pipeline()
+    pipe.transformer.double()
+    with sparsediff.enable(
+        pipe, "paro_attention", calibration=calibration, on_unsupported="dense"
+    ) as handle:
+        assert "float64" in handle.unsupported["transformer"]
 
 
 def test_a_run_in_which_nothing_can_be_sparse_is_refused(pipe):
