@@ -10,10 +10,15 @@ import ast
 import dataclasses
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 
 DEFAULT_MODEL = "tiny-wan"
+DEFAULT_METHOD = "auto"
+CONSTANTS = {"true": "True", "false": "False", "none": "None"}
+# Arguments of the pipeline's call that a calibration is bound to, or better repeated.
+MEASURED_CALL = ("num_inference_steps", "height", "width", "num_frames", "max_sequence_length")
 # What wrong input raises, here and in diffusers; `--debug` shows where.
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
 
@@ -125,7 +130,10 @@ def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--fps", type=int, default=16, help="frames a second of the written clip")
 
     how = parser.add_argument_group("how to attend")
-    how.add_argument("--method", default="auto", help="see `sparsediff methods`")
+    how.add_argument(
+        "--method",
+        help=f"see `sparsediff methods`; {DEFAULT_METHOD}, or the one that --calibration is for",
+    )
     _add_set_flag(how)
     how.add_argument(
         "--dense-steps",
@@ -260,39 +268,24 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     call = request.arguments()
     for name in ("prompt", "generator", "output_type"):
         del call[name]
-    try:
-        calibration = sparsediff.calibrate(
-            pipe,
-            method,
-            prompts or [request.prompt],
-            seed=request.seed,
-            folder=arguments.out,
-            call=call,
-        )
-    except KeyboardInterrupt:
-        print(
-            f"\nwhat is finished is kept in {arguments.out}; the same command goes on from there",
-            file=sys.stderr,
-        )
-        raise
+    calibration = sparsediff.calibrate(
+        pipe,
+        method,
+        prompts or [request.prompt],
+        seed=request.seed,
+        folder=arguments.out,
+        call=call,
+    )
     print(f"\n{calibration}\n{arguments.out / FILE}\n\nUse it with")
     print(f'  sparsediff.enable(pipe, "{method.name}", calibration="{arguments.out}")')
-    size = [
-        f"--{name} {value}"
-        for name in ("height", "width", "frames")
-        if (value := getattr(arguments, name)) is not None
-    ]
-    print(
-        " ".join(
-            [
-                "  sparsediff generate --model",
-                arguments.model,
-                "--calibration",
-                str(arguments.out),
-                *size,
-            ]
-        )
-    )
+    matter = [f", {name}={call[name]!r}" for name in MEASURED_CALL if name in call]
+    print(f"  pipe(prompt{''.join(matter)})")
+    command = ["sparsediff", "generate", "--model", arguments.model]
+    command += ["--calibration", str(arguments.out)]
+    for name in ("steps", "height", "width", "frames"):
+        if (value := getattr(arguments, name)) is not None:
+            command += [f"--{name}", str(value)]
+    print(f"  {shlex.join(command)}")
 
 
 def _methods(arguments: argparse.Namespace) -> None:
@@ -347,9 +340,9 @@ def _ready_method(arguments: argparse.Namespace):
     calibration = arguments.calibration
     if calibration is not None:
         calibration = Calibration.from_pretrained(calibration)
-        if arguments.method == "auto":
-            arguments.method = calibration.method
-    return with_calibration(_method(arguments), calibration)
+    if arguments.method is None:
+        arguments.method = DEFAULT_METHOD if calibration is None else calibration.method
+    return with_calibration(_method(arguments), calibration, _parameters(arguments.set))
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
@@ -367,16 +360,22 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 def _method(arguments: argparse.Namespace):
     from sparsediff.methods import build_method
 
+    return build_method(arguments.method, **_parameters(arguments.set))
+
+
+def _parameters(items: list[str]) -> dict[str, object]:
+    """What `--set` says: Python literals, true, false and none in any case, otherwise text."""
     params = {}
-    for item in arguments.set:
+    for item in items:
         name, sign, text = item.partition("=")
         if not sign:
             raise ValueError(f"--set takes NAME=VALUE, got {item!r}")
+        text = CONSTANTS.get(text.strip().lower(), text)
         try:
             params[name.strip().replace("-", "_")] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             params[name.strip().replace("-", "_")] = text
-    return build_method(arguments.method, **params)
+    return params
 
 
 def _schedule(arguments: argparse.Namespace):

@@ -165,7 +165,7 @@ def test_help_answers_at_once_and_says_something():
     )
     for name in ("generate", "compare"):
         text = build_parser().parse_args([name]).__dict__
-        assert text["method"] == "auto"
+        assert text["method"] is None, "auto, unless a calibration brings its own"
 
 
 def test_no_command_prints_the_help(capsys):

@@ -9,7 +9,7 @@ import sparsediff
 from sparsediff import Calibration
 from sparsediff.calibration import FILE
 from sparsediff.calibrator import PARTIAL
-from sparsediff.eval.cli import main
+from sparsediff.eval.cli import _parameters, main
 from sparsediff.testing import random_wan_pipeline
 
 FAST = ["--model", "random-wan", "--steps", "2", "--guidance", "1.0", "--device", "cpu"]
@@ -45,7 +45,8 @@ def test_calibrate_writes_the_artefact_and_says_how_to_use_it(tmp_path, capsys):
         "5x8x8",
         str(out / FILE),
         f'sparsediff.enable(pipe, "sparse_vdit", calibration="{out}")',
-        f"sparsediff generate --model random-wan --calibration {out} --height 128",
+        "pipe(prompt, num_inference_steps=2, height=128, width=128, num_frames=17)",
+        f"sparsediff generate --model random-wan --calibration {out} --steps 2 --height 128",
     ):
         assert words in said.out
     assert "calibrate sparse_vdit: 100%" in said.err, "a progress bar"
@@ -103,11 +104,13 @@ def test_ctrl_c_and_the_same_command_again(tmp_path, capsys, monkeypatch, folder
     monkeypatch.setattr("diffusers.WanPipeline.__call__", interrupted)
     assert main(command) == 130
     error = capsys.readouterr().err
-    assert f"what is finished is kept in {tmp_path}; the same command goes on from there" in error
+    assert f"stopped: 1 of 4 generations are kept in {tmp_path}; the same again goes on" in error
     assert [p.name for p in tmp_path.iterdir()] == [PARTIAL]
     assert main(command) == 0
     assert ran[2:] == ["two yellow stars", "a small red circle", "two yellow stars"]
-    assert "25%" in capsys.readouterr().err, "the bar starts where it was"
+    error = capsys.readouterr().err
+    assert "25%" in error, "the bar starts where it was"
+    assert f"resuming: {tmp_path / PARTIAL} ends after generation 1" in error
     resumed, whole = (Calibration.from_pretrained(path) for path in (tmp_path, folder))
     assert all(x.equal(whole.tensors[name]) for name, x in resumed.tensors.items())
     assert (resumed.density, resumed.error) == (whole.density, whole.error)
@@ -172,6 +175,14 @@ def test_mistakes_are_one_line_that_names_the_fix(folder, tmp_path, capsys, monk
         ([*generate, "--calibration", nowhere], "is neither a folder nor a repository"),
         ([*generate, "--calibration", str(tmp_path)], f"holds no {FILE}; `sparsediff calibrate`"),
         (
+            [*generate, "--method", "auto", "--calibration", str(folder)],
+            "auto takes no calibration; leave it out, or take the method it was measured for",
+        ),
+        (
+            [*generate, "--set", "epsilon=0.05", "--calibration", str(folder)],
+            "epsilon=0.05 contradicts this sparse_vdit calibration, measured with epsilon=1.0",
+        ),
+        (
             [*generate, *VDIT[:2], "--set", "window=0.5", "--calibration", str(folder)],
             "window=0.5 contradicts this sparse_vdit calibration, measured with window=0.25",
         ),
@@ -184,6 +195,22 @@ def test_mistakes_are_one_line_that_names_the_fix(folder, tmp_path, capsys, monk
         with pytest.raises(SystemExit):
             main(["calibrate", *missing])
         assert "the following arguments are required" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("false", False),
+        ("True", True),
+        ("TRUE", True),
+        (" none", None),
+        ("0.5", 0.5),
+        ("(1, 2)", (1, 2)),
+        ("falsely", "falsely"),
+    ],
+)
+def test_set_reads_constants_in_any_case(text, value):
+    assert _parameters([f"head-adaptive={text}"]) == {"head_adaptive": value}
 
 
 def test_another_size_is_one_line_too(folder, tmp_path, capsys):
