@@ -63,6 +63,7 @@ class LiteAttention(CalibratedMethod):
     error_spread: float = 0.01
 
     tensor_names: ClassVar[tuple[str, ...]] = ("thresholds",)
+    superseded: ClassVar[frozenset[str]] = frozenset({"threshold"})
     needs_calibration: ClassVar[bool] = False
     bound_to_grid: ClassVar[bool] = False
     run_time: ClassVar[frozenset[str]] = frozenset({"threshold", "must_keep", "must_skip"})
