@@ -74,11 +74,7 @@ class AdaSpa(Method):
 
     def refreshes(self, site: AttentionSite, last_refresh: int | None) -> bool:
         """At the first call that the schedule leaves to us, and at every later search step."""
-        if last_refresh is None:
-            return True
-        if site.num_steps is None:
-            return False
-        return any(last_refresh < round(t * site.num_steps) <= site.step for t in self.search[1:])
+        return last_refresh is None or site.passed(self.search[1:], last_refresh)
 
     def searches_dense(self, site: AttentionSite, last_refresh: int | None) -> bool:
         """Only the first search, which finds the log-sum-exp on the way."""

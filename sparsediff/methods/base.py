@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 from torch import Tensor
 
-from sparsediff.calibration import Calibration, Calibrator, ModelLayout
+from sparsediff.calibration import Calibration, Calibrator, ModelLayout, step_bin
 from sparsediff.schedule import Schedule
 from sparsediff.token_grid import TokenGrid, TokenOrder
 
@@ -41,6 +41,12 @@ class AttentionSite:
     next_sigma: float | None = None
     scale: float | None = None
     name: str = ""
+
+    def passed(self, shares: Sequence[float], since: int) -> bool:
+        """Whether one of these shares of the steps has come after step `since`; not if nobody knows how many there are."""
+        if self.num_steps is None:
+            return False
+        return any(since < round(share * self.num_steps) <= self.step for share in shares)
 
     def next_step(self) -> AttentionSite | None:
         """The same call one step later; None if nobody knows whether there is one."""
@@ -200,3 +206,19 @@ class CalibratedMethod(Method):
                     f"{f.name}={measured!r}; leave {f.name} out, or calibrate again"
                 )
         return replace(self, calibration=calibration, **changes)
+
+
+class StaticMethod(CalibratedMethod):
+    """A method whose masks were all measured beforehand, for equal stretches of the run.
+
+    The last of its `tensor_names` has the stretches as its first dimension.
+    """
+
+    def refreshes(self, site: AttentionSite, last_refresh: int | None) -> bool:
+        """At the start of every stretch."""
+        here = self._bin(site.step, site)
+        return last_refresh is None or self._bin(last_refresh, site) != here
+
+    def _bin(self, step: int, site: AttentionSite) -> int:
+        bins = len(self.calibration.tensors[self.tensor_names[-1]])
+        return step_bin(step, site.num_steps, bins)

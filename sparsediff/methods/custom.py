@@ -129,8 +129,7 @@ class Custom(Method):
         if last_refresh is None:
             return True
         if isinstance(self.refresh, tuple):
-            steps = [round(t * site.num_steps) for t in self.refresh] if site.num_steps else []
-            return any(last_refresh < step <= site.step for step in steps)
+            return site.passed(self.refresh, last_refresh)
         return self.refresh is not None and site.step - last_refresh >= self.refresh
 
     def searches_dense(self, site: AttentionSite, last_refresh: int | None) -> bool:

@@ -28,14 +28,14 @@ from sparsediff.calibration import (
     step_bin,
 )
 from sparsediff.kernels.block_scores import block_mass
-from sparsediff.methods.base import AttentionSite, CalibratedMethod
+from sparsediff.methods.base import AttentionSite, StaticMethod
 from sparsediff.token_grid import TokenGrid, TokenOrder
 
 ORDERS = tuple("".join(axes) for axes in itertools.permutations("FHW"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class PAROAttention(CalibratedMethod):
+class PAROAttention(StaticMethod):
     """One of six axis orders a head, and static blocks a stretch of steps, from `sparsediff calibrate`.
 
     Attributes:
@@ -97,11 +97,6 @@ class PAROAttention(CalibratedMethod):
             return None
         return _orders(self.calibration, self.calibration.row(site.name))
 
-    def refreshes(self, site: AttentionSite, last_refresh: int | None) -> bool:
-        """At the start of every stretch."""
-        here = self._bin(site.step, site)
-        return last_refresh is None or self._bin(last_refresh, site) != here
-
     def keep_blocks(
         self, query: Tensor, key: Tensor, site: AttentionSite, *, lse: Tensor | None = None
     ) -> Tensor:
@@ -112,9 +107,6 @@ class PAROAttention(CalibratedMethod):
         return unpack_bits(
             bits.to(query.device, non_blocking=True), -(-key.shape[1] // self.block)
         )[None]
-
-    def _bin(self, step: int, site: AttentionSite) -> int:
-        return step_bin(step, site.num_steps, len(self.calibration.tensors["masks"]))
 
     def calibrator(self, layout: ModelLayout) -> Calibrator:
         """Two passes: orders, then blocks in those orders."""

@@ -32,7 +32,7 @@ from sparsediff.calibration import (
 )
 from sparsediff.kernels.attention import attend_blocks
 from sparsediff.kernels.block_scores import block_mass
-from sparsediff.methods.base import AttentionSite, CalibratedMethod
+from sparsediff.methods.base import AttentionSite, StaticMethod
 from sparsediff.timing import seconds
 from sparsediff.token_grid import TokenGrid, TokenOrder
 
@@ -42,7 +42,7 @@ AXIS_ORDERS = ("FHW", "HWF")  # the sequence as it is; all frames of a place sid
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseVDiT(CalibratedMethod):
+class SparseVDiT(StaticMethod):
     """One of five patterns a head and stretch of steps, from `sparsediff calibrate`.
 
     Attributes:
@@ -112,11 +112,6 @@ class SparseVDiT(CalibratedMethod):
             self.calibration, self._bin(site.step, site), self.calibration.row(site.name)
         )
 
-    def refreshes(self, site: AttentionSite, last_refresh: int | None) -> bool:
-        """At the start of every stretch."""
-        here = self._bin(site.step, site)
-        return last_refresh is None or self._bin(last_refresh, site) != here
-
     def keep_blocks(
         self, query: Tensor, key: Tensor, site: AttentionSite, *, lse: Tensor | None = None
     ) -> Tensor:
@@ -131,9 +126,6 @@ class SparseVDiT(CalibratedMethod):
         keep = table[modes.long().clamp(max=STRIPE - 1)]
         columns = unpack_bits(stripes, blocks)[:, None, :]
         return torch.where((modes == STRIPE)[:, None, None], columns, keep)[None]
-
-    def _bin(self, step: int, site: AttentionSite) -> int:
-        return step_bin(step, site.num_steps, len(self.calibration.tensors["modes"]))
 
     def calibrator(self, layout: ModelLayout) -> Calibrator:
         """One pass, in which every layer already sees what the chosen modes made of the layers before it."""
