@@ -72,6 +72,12 @@ def head_adaptive_density(recall: Tensor, density: float, *, limit: float = 0.8)
     return density + shift * ((rank >= heads - n).float() - (rank < n).float())
 
 
+def head_adaptive_top_k(scores: Tensor, density: float, *, limit: float = 0.8) -> Tensor:
+    """`row_top_k` with the budgets that `head_adaptive_density` makes of what a uniform one recalls."""
+    kept = recall(scores, row_top_k(scores, density))
+    return row_top_k(scores, head_adaptive_density(kept, density, limit=limit))
+
+
 def head_percentile(scores: Tensor, density: float, *, row_minimum: int = 1) -> Tensor:
     """Keep the best `density` of all blocks of a head, wherever they lie (DraftAttention, section 3.3).
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparsediff.budget import head_adaptive_density, recall, row_top_k
+from sparsediff.budget import head_adaptive_top_k, row_top_k
 from sparsediff.kernels.block_scores import block_mass
 from sparsediff.methods.base import AttentionSite, Method
 from sparsediff.schedule import Schedule
@@ -88,14 +88,12 @@ class AdaSpa(Method):
         mass = block_mass(query, key, (self.block,) * 2, scale=site.scale, lse=lse)
         video, density = site.grid.whole_blocks(self.block), 1.0 - self.sparsity
         visual = mass[..., video, video]
-        chosen = row_top_k(visual, density)
-        if self.head_adaptive:
-            budgets = head_adaptive_density(
-                recall(visual, chosen), density, limit=self.recall_limit
-            )
-            chosen = row_top_k(visual, budgets)
         keep = torch.zeros_like(mass, dtype=torch.bool)
-        keep[..., video, video] = chosen
+        keep[..., video, video] = (
+            head_adaptive_top_k(visual, density, limit=self.recall_limit)
+            if self.head_adaptive
+            else row_top_k(visual, density)
+        )
         return keep
 
     def default_schedule(self) -> Schedule:

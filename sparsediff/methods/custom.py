@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsediff.budget import (
-    head_adaptive_density,
+    head_adaptive_top_k,
     head_percentile,
     recall,
     row_top_k,
@@ -161,10 +161,9 @@ class Custom(Method):
             return row_top_p(scores, self.density)
         if self.budget == "head_percentile":
             return head_percentile(scores, self.density)
-        chosen = row_top_k(scores, self.density)
         if self.budget == "head_adaptive":
-            chosen = row_top_k(scores, head_adaptive_density(recall(scores, chosen), self.density))
-        return chosen
+            return head_adaptive_top_k(scores, self.density)
+        return row_top_k(scores, self.density)
 
     def default_schedule(self) -> Schedule:
         """Dense above noise level 0.95: 14 % of the steps at a flow shift of 3, 20 % at 5, the first of 4 with a LoRA."""
