@@ -4,14 +4,11 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsediff import BlockMask, TokenGrid
 from sparsediff.block_mask import area_density, block_areas, forced_blocks, pack_bits, unpack_bits
-
-settings.register_profile("sparsediff", deadline=None, max_examples=40)
-settings.load_profile("sparsediff")
 
 lengths = st.integers(1, 300)
 blocks = st.sampled_from([16, 32, 64])

@@ -23,7 +23,7 @@ from sparsediff import (
 )
 from sparsediff.kernels import attend_blocks
 
-SLOW = settings(deadline=None, max_examples=25)
+SLOW = settings(max_examples=25)
 
 
 def grid_of(shape, before, after):

@@ -37,7 +37,7 @@ from sparsediff.methods.sparse_vdit import (
     patterns,
 )
 
-SLOW = settings(deadline=None, max_examples=15)
+SLOW = settings(max_examples=15)
 COSTS = (1.0, 0.0, 0.3, 0.35, 0.4)
 
 

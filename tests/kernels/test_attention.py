@@ -61,10 +61,15 @@ def exact_attention(query, key, value, mask, scale=None, kv_lengths=None):
 
 
 def assert_as_exact_as_pytorch(actual, exact, baseline):
-    """The kernel may err at most twice as much as PyTorch's own attention in the same dtype."""
+    """The kernel may err at most twice as much as PyTorch's own attention in the same dtype.
+
+    On a handful of numbers PyTorch may be right by luck, so one rounding of the output and a few of
+    the float32 arithmetic before it are granted beside that.
+    """
     assert actual.isfinite().all()
     error, floor = ((x.double() - exact).abs().max().item() for x in (actual, baseline))
-    budget = 2 * floor + torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    roundings = torch.finfo(actual.dtype).eps + 8 * torch.finfo(torch.float32).eps
+    budget = 2 * floor + roundings * exact.abs().max().item()
     assert error <= budget, f"max error {error:.2e} > budget {budget:.2e}"
 
 
@@ -104,7 +109,7 @@ def test_low_precision_errs_no_more_than_pytorch(backend, dtype):
     check(*make_inputs(200, 330, dtype=dtype, head_dim=64), make_mask(200, 330, (64, 64)), backend)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     seq_q=st.integers(1, 50),
     seq_k=st.integers(1, 50),

@@ -47,7 +47,7 @@ def test_compaction_kernel(columns):
 
 
 @interpreted
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(columns=st.integers(1, 40), data=st.data(), seed=st.integers(0, 999))
 def test_top_k_kernel(columns, data, seed):
     scores = random(2, 2, 2, columns, seed=seed) - 0.5
