@@ -19,10 +19,16 @@ CORPUS = (
 
 
 def assert_close_to_exact(actual: Tensor, exact: Tensor, baseline: Tensor) -> None:
-    """`actual` may err at most twice as much as `baseline`, PyTorch's result in the same dtype, plus one rounding."""
+    """`actual` may err at most twice as much as `baseline`, PyTorch's result in the same dtype.
+
+    On a handful of numbers PyTorch may be right by luck, so one rounding of the output and a few of the float32
+    arithmetic before it are granted beside that.
+    """
+    assert actual.isfinite().all(), "NaN or infinite values"
     exact = exact.double()
     error, floor = ((x.double() - exact).abs().max().item() for x in (actual, baseline))
-    budget = 2 * floor + torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    roundings = torch.finfo(actual.dtype).eps + 8 * torch.finfo(torch.float32).eps
+    budget = 2 * floor + roundings * exact.abs().max().item()
     assert error <= budget, f"max error {error:.2e} is over the budget {budget:.2e}"
 
 
