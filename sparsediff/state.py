@@ -35,6 +35,7 @@ from sparsediff.recorder import Recorder
 from sparsediff.schedule import UNKNOWN_STEPS, Schedule
 from sparsediff.slot import MaskSlot
 from sparsediff.token_grid import TokenGrid, TokenOrder
+from sparsediff.witness import Witness, WitnessedCall
 
 MAX_BRANCHES = (
     8  # guidance branches whose masks are kept; more only if contexts go unnamed outside a pipeline
@@ -85,6 +86,7 @@ class RunState:
         self.clock = clock
         self.recorder = recorder
         self.observer = observer
+        self.witness: Witness | None = None  # sees every call, changes none
         self.modules = adapter.attention_layers(model)
         self.layers = [f"{name}.{layer}" for layer, _, _ in self.modules]
         self.depths = [depth for _, _, depth in self.modules]
@@ -233,11 +235,37 @@ class RunState:
                     return out
                 reason, warn = why, True
         self._record_dense(index, reason, warn=warn)
+        if self.witness is not None:
+            self._show(index, query, key, scale, dense_reason=reason)
         return dense()
 
     def _record_dense(self, index: int, reason: str, *, warn: bool) -> None:
         step = self._forward.tick.step if self._forward else 0
         self.recorder.dense(self.layers[index], step, reason, warn=warn)
+
+    def _show(
+        self, index: int, query: Tensor, key: Tensor, scale: float | None, **seen: object
+    ) -> None:
+        """Tell the witness of a call; `seen` are the fields of `WitnessedCall` that only some calls have."""
+        forward = self._forward
+        tick = forward.tick if forward else None
+        grid = forward.grid if forward else None
+        self.witness(
+            WitnessedCall(
+                generation=tick.generation if tick else None,
+                layer=self.layers[index],
+                step=tick.step if tick else 0,
+                num_steps=tick.num_steps if tick else None,
+                sigma=tick.sigma if tick else None,
+                branch=forward.branch if forward else "",
+                grid=grid,
+                block_size=self.method.block_size(grid) if grid else None,
+                query=query,
+                key=key,
+                scale=scale,
+                **{"dense_reason": None, **seen},
+            )
+        )
 
     def _dense_reason(
         self, query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool
@@ -312,6 +340,8 @@ class RunState:
             out = self._search(slot, site, query, key, value, order, backend.name)
             reason = dense_reason or "search: blocks are chosen from exact attention"
             self._record_dense(index, reason, warn=False)
+            if self.witness is not None:
+                self._show(index, query, key, site.scale, dense_reason=reason)
             return out, None
         if choosing and order is not None and order.chosen_at_run_time:
             slot.heads = method.choose_windows(query, key, site, None)
@@ -337,6 +367,8 @@ class RunState:
                 None,
                 f"mask density above {CPU_BREAK_EVEN}, where dense attention is faster on a CPU",
             )
+        if self.witness is not None:
+            self._show(index, q, k, site.scale, bitmap=slot.bitmap, order=order, windows=slot.heads)
         density = slot.density
         result = run_backend(
             backend.name, q, k, v, mask, scale=_scale(site, query), vote_threshold=threshold
