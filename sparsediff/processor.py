@@ -118,10 +118,9 @@ def _attend(
     """One attention call, `[B, S, H, D]`; `layer` is `int64 [2]` on the CPU: (run state, layer)."""
     state_key, index = layer.tolist()
     # Triton launches on the current device, which need not be the one that holds the tensors.
-    with torch.cuda.device_of(query):
-        out = STATES[state_key].attend(
-            index, query, key, value, attn_mask, scale, is_causal, enable_gqa
-        )
+    state = STATES[state_key]
+    with torch.cuda.device_of(query), state.recorder.part("attention", query.device):
+        out = state.attend(index, query, key, value, attn_mask, scale, is_causal, enable_gqa)
     # An operation must not change strides behind its fake's back.
     return out.contiguous()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsediff.kernels.attention import CPU_BREAK_EVEN
 from sparsediff.report import LayerReport, RunReport, StepReport
+from sparsediff.timing import Mark, mark, seconds_between
 
 # Cost of a kept block relative to its share of a dense call (cuDNN on a GPU), by kernel: docs/performance.md.  At the
 # CPU's break-even density both cost the same.
@@ -22,6 +23,22 @@ KEPT_BLOCK_COST = {
     "gluon_int8": 0.86,
     "gluon_fp8": 0.75,
 }
+
+
+NOT_TIMED = contextlib.nullcontext()
+
+
+class _Part:
+    """Marks before and after."""
+
+    def __init__(self, spans: list[tuple[Mark, Mark]], device: torch.device) -> None:
+        self._spans, self._device = spans, device
+
+    def __enter__(self) -> None:
+        self._start = mark(self._device)
+
+    def __exit__(self, *exc: object) -> None:
+        self._spans.append((self._start, mark(self._device)))
 
 
 @dataclass
@@ -43,9 +60,12 @@ class Recorder:
     backends: dict[str, str] = field(default_factory=dict)
     num_steps: int | None = None
     grid: str = ""
+    tokens: int | None = None
     attention_share: float | None = None
+    timed: bool = False  # whether attention calls are timed one by one; two marks each
     _generation: int | None = None
-    _spans: list[tuple[int, object, object]] = field(default_factory=list)
+    _spans: list[tuple[int, Mark, Mark]] = field(default_factory=list)
+    _parts: dict[str, list[tuple[Mark, Mark]]] = field(default_factory=lambda: defaultdict(list))
     _warned: set[str] = field(default_factory=set)
     _folded: int = 0
     _density_sum: Tensor | float = 0.0
@@ -59,7 +79,8 @@ class Recorder:
         self.sigmas.clear()
         self.backends.clear()
         self._spans.clear()
-        self.num_steps, self.grid, self.attention_share = None, "", None
+        self._parts.clear()
+        self.num_steps, self.grid, self.tokens, self.attention_share = None, "", None, None
         self._folded, self._density_sum = 0, 0.0
 
     def sparse(self, layer: str, step: int, density: Tensor) -> None:
@@ -80,26 +101,21 @@ class Recorder:
 
     # -- time -----------------------------------------------------------------------------------------------------
 
-    def mark(self, device: torch.device) -> object:
-        """Now: a CUDA event on the device's stream, or seconds."""
-        if device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            return event
-        return time.perf_counter()
-
-    def span(self, step: int, start: object, stop: object) -> None:
+    def span(self, step: int, start: Mark, stop: Mark) -> None:
         """A transformer call of `step` between two marks."""
         self._spans.append((step, start, stop))
+
+    def part(self, name: str, device: torch.device) -> contextlib.AbstractContextManager:
+        """Times what is inside as a part of attention, where that is wanted."""
+        return _Part(self._parts[name], device) if self.timed else NOT_TIMED
+
+    def _part_seconds(self, name: str) -> float | None:
+        return sum(seconds_between(*p) for p in self._parts[name]) if self.timed else None
 
     def _seconds(self) -> dict[int, float]:
         total: dict[int, float] = defaultdict(float)
         for step, start, stop in self._spans:
-            if isinstance(start, float):
-                total[step] += stop - start
-            else:
-                stop.synchronize()
-                total[step] += start.elapsed_time(stop) / 1000.0
+            total[step] += seconds_between(start, stop)
         return dict(total)
 
     # -- report ---------------------------------------------------------------------------------------------------
@@ -119,7 +135,9 @@ class Recorder:
             grid=self.grid,
             num_steps=self.num_steps or len(self.sigmas),
             density=density,
-            layers=tuple(_layer(name, calls) for name, calls in by_layer.items()),
+            layers=tuple(
+                _layer(name, calls, sorted(self.sigmas)) for name, calls in by_layer.items()
+            ),
             steps=tuple(
                 _step(step, self.sigmas[step], by_step[step], seconds.get(step))
                 for step in sorted(self.sigmas)
@@ -127,6 +145,10 @@ class Recorder:
             dense_calls=dict(Counter(c.reason for c in self.calls if c.reason is not None)),
             backends=dict(self.backends),
             estimated_speedup=self.estimate_speedup(density),
+            tokens=self.tokens,
+            attention_share=self.attention_share,
+            attention_seconds=self._part_seconds("attention"),
+            mask_seconds=self._part_seconds("mask"),
         )
 
     def estimate_speedup(self, density: float) -> float | None:
@@ -192,12 +214,18 @@ def _step(
     )
 
 
-def _layer(name: str, calls: list[tuple[_Call, tuple[float, ...]]]) -> LayerReport:
+def _layer(
+    name: str, calls: list[tuple[_Call, tuple[float, ...]]], steps: list[int]
+) -> LayerReport:
+    by_step = defaultdict(list)
+    for call, heads in calls:
+        by_step[call.step].append(_mean(list(heads)))
     heads = tuple(_mean(list(column)) for column in zip(*(h for _, h in calls), strict=True))
     return LayerReport(
         name=name,
         density=_mean(list(heads)),
         heads=heads,
+        steps=tuple(_mean(by_step[step]) if step in by_step else None for step in steps),
         calls=len(calls),
         dense_calls=sum(c.reason is not None for c, _ in calls),
     )

@@ -15,6 +15,7 @@ class LayerReport:
     name: str
     density: float  # area-weighted, dense calls count 1
     heads: tuple[float, ...]  # the same, per head
+    steps: tuple[float | None, ...]  # per step of the report; None where the layer was not called
     calls: int
     dense_calls: int
 
@@ -42,6 +43,11 @@ class RunReport:
         backends: kernel that ran -> why it was chosen.
         estimated_speedup: of the denoiser against dense attention, from operation counts and the measured cost of a
             kept block on this kind of device.  An estimate: `sparsediff compare` measures.
+        tokens: of one attention call; None if the adapter could not tell.
+        attention_share: of self-attention in the transformer's arithmetic, dense; None before a sparse call.
+        attention_seconds: inside attention calls, dense ones too, choosing blocks included; None unless
+            `handle.recorder.timed` was set before the run.
+        mask_seconds: of that, choosing blocks and building their lists.
     """
 
     method: str
@@ -54,6 +60,10 @@ class RunReport:
     dense_calls: dict[str, int]
     backends: dict[str, str]
     estimated_speedup: float | None
+    tokens: int | None = None
+    attention_share: float | None = None
+    attention_seconds: float | None = None
+    mask_seconds: float | None = None
 
     @property
     def calls(self) -> int:

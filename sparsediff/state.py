@@ -34,6 +34,7 @@ from sparsediff.processor import STATES
 from sparsediff.recorder import Recorder
 from sparsediff.schedule import UNKNOWN_STEPS, Schedule
 from sparsediff.slot import MaskSlot
+from sparsediff.timing import mark
 from sparsediff.token_grid import TokenGrid, TokenOrder
 from sparsediff.witness import Witness, WitnessedCall
 
@@ -121,7 +122,7 @@ class RunState:
         grid, problem = None, None
         try:
             grid = self.adapter.token_grid(model, arguments)
-            recorder.grid = str(grid)
+            recorder.grid, recorder.tokens = str(grid), grid.num_tokens
         except ValueError as error:
             problem = str(error)
         if grid is not None and (used := getattr(self.method, "calibration", None)) is not None:
@@ -135,7 +136,7 @@ class RunState:
             grid=grid,
             problem=problem,
             device=device,
-            started=recorder.mark(device),
+            started=mark(device),
             gradients=torch.is_grad_enabled(),
         )
         for (_, module, _), wrapper, layer in zip(
@@ -160,7 +161,7 @@ class RunState:
                 self.recorder.dense(
                     self.layers[index], forward.tick.step, "gradients are on", warn=True
                 )
-        self.recorder.span(forward.tick.step, forward.started, self.recorder.mark(forward.device))
+        self.recorder.span(forward.tick.step, forward.started, mark(forward.device))
 
     def release(self) -> None:
         """Let go of the model and the masks; what was recorded stays."""
@@ -343,18 +344,21 @@ class RunState:
             if self.witness is not None:
                 self._show(index, query, key, site.scale, dense_reason=reason)
             return out, None
+        part, device = self.recorder.part, query.device
         if choosing and order is not None and order.chosen_at_run_time:
-            slot.heads = method.choose_windows(query, key, site, None)
+            with part("mask", device):
+                slot.heads = method.choose_windows(query, key, site, None)
         q, k, v = (query, key, value)
         if order is not None:
             q, k, v = order.apply(grid, query, key, value, heads=slot.heads)
         forced = _forced(method, grid, query.device, order is not None)
-        if choosing:
-            keep = method.keep_blocks(q, k, site, lse=slot.lse)
-            mask = slot.store(keep, forced, block_size, tokens)
-            slot.refreshed_at = site.step
-        else:
-            mask = slot.mask(block_size, tokens)
+        with part("mask", device):
+            if choosing:
+                keep = method.keep_blocks(q, k, site, lse=slot.lse)
+                mask = slot.store(keep, forced, block_size, tokens)
+                slot.refreshed_at = site.step
+            else:
+                mask = slot.mask(block_size, tokens)
         threshold = method.vote_threshold(site)
         # On the CPU reading the density costs nothing, and above break-even the exact result is also the faster one.
         if (
@@ -375,7 +379,8 @@ class RunState:
         )
         if threshold is not None:
             # A vote names only blocks that were visited: with what is forced it is the next mask.
-            slot.store(result.vote, forced, block_size, tokens, want_mask=False)
+            with part("mask", device):
+                slot.store(result.vote, forced, block_size, tokens, want_mask=False)
         self._record(index, site, query, density, backend)
         # The reordered copies make room for the output in its own order.
         del q, k, v
@@ -401,12 +406,14 @@ class RunState:
         q, k, lse = query, key, result.lse
         if order is not None:
             if order.chosen_at_run_time:
-                slot.heads = method.choose_windows(query, key, site, lse)
+                with self.recorder.part("mask", query.device):
+                    slot.heads = method.choose_windows(query, key, site, lse)
             q, k = order.apply(grid, query, key, heads=slot.heads)
             lse = order.apply_rows(grid, lse, slot.heads)
-        keep = method.keep_blocks(q, k, site, lse=lse)
         forced = _forced(method, grid, q.device, order is not None)
-        slot.store(keep, forced, block_size, tokens, want_mask=False)
+        with self.recorder.part("mask", query.device):
+            keep = method.keep_blocks(q, k, site, lse=lse)
+            slot.store(keep, forced, block_size, tokens, want_mask=False)
         slot.refreshed_at = site.step
         slot.lse = lse.half() if method.keeps_lse else None
         return result.out
