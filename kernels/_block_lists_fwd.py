@@ -7,21 +7,46 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["num_columns"])
-def compact_rows(
-    keep_ptr, count_ptr, index_ptr, num_columns, PACKED: tl.constexpr, CHUNK: tl.constexpr
-):
-    """One row of kept columns to an ascending list and its length.
+@triton.jit
+def _list_column(o_place, i_m, num_rows, num_columns, VISITS: tl.constexpr, RAGGED: tl.constexpr):
+    """The column at each place of a list of everything; `block_lists.list_columns` in closed form."""
+    if VISITS == "descending":
+        return o_place
+    # Visited as number: lists are walked from their end, and a ragged block comes before all others, as number -1.
+    b_rank = num_columns - 1 - o_place
+    last = num_columns - 1
+    if RAGGED:
+        b_rank -= 1
+        last -= 1
+    if VISITS == "ascending":
+        b_column = b_rank
+    else:
+        centre = tl.minimum((2 * i_m + 1) * num_columns // (2 * num_rows), last)
+        half = (b_rank + 1) // 2
+        b_near = centre + tl.where(b_rank % 2 == 1, half, -half)
+        b_far = tl.where(centre < last - centre, b_rank, last - b_rank)
+        b_column = tl.where(b_rank <= 2 * tl.minimum(centre, last - centre), b_near, b_far)
+    return tl.where(b_rank < 0, num_columns - 1, b_column)
 
-    `keep_ptr` is `uint8 [rows, num_columns]`, or with `PACKED` a bitmap `[rows, ceil(num_columns / 8)]` with column
-    `j` in bit `j % 8` of byte `j // 8`.
+
+@triton.jit(do_not_specialize=["num_rows", "num_columns"])
+def compact_rows(
+    keep_ptr, count_ptr, index_ptr, num_rows, num_columns,
+    PACKED: tl.constexpr, CHUNK: tl.constexpr, VISITS: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """One row of kept columns to a list, in the order of `VISITS` from its end, and its length.
+
+    `keep_ptr` is `uint8 [B * H * num_rows, num_columns]`, or with `PACKED` a bitmap `[.., ceil(num_columns / 8)]` with
+    column `j` in bit `j % 8` of byte `j // 8`.
     """
     i_row = tl.program_id(0).to(tl.int64)
+    i_m = (i_row % num_rows).to(tl.int32)
     row_bytes = (num_columns + 7) // 8 if PACKED else num_columns
     count = 0
     for start in range(0, num_columns, CHUNK):
-        o_n = start + tl.arange(0, CHUNK)
-        m_n = o_n < num_columns
+        o_place = start + tl.arange(0, CHUNK)
+        m_n = o_place < num_columns
+        o_n = _list_column(o_place, i_m, num_rows, num_columns, VISITS, RAGGED)
         if PACKED:
             b_byte = tl.load(keep_ptr + i_row * row_bytes + o_n // 8, mask=m_n, other=0).to(
                 tl.int32
@@ -29,9 +54,10 @@ def compact_rows(
             b_keep = ((b_byte >> (o_n % 8)) & 1) != 0
         else:
             b_keep = tl.load(keep_ptr + i_row * row_bytes + o_n, mask=m_n, other=0) != 0
+        b_keep &= m_n
         b_one = b_keep.to(tl.int32)
-        o_place = count + tl.cumsum(b_one, 0) - 1
-        tl.store(index_ptr + i_row * num_columns + o_place, o_n, mask=b_keep)
+        o_list = count + tl.cumsum(b_one, 0) - 1
+        tl.store(index_ptr + i_row * num_columns + o_list, o_n, mask=b_keep)
         count += tl.sum(b_one, 0)
     tl.store(count_ptr + i_row, count)
 

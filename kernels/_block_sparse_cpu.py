@@ -79,7 +79,7 @@ def attend(
         )
         b_q = torch.index_select(q, 0, rows, out=work.query(len(rows)))
         scores = torch.bmm(b_q, b_k.mT, out=work.scores(len(rows), width))  # [rows, bq, width * bk]
-        # Lists ascend, so what a row may see is a prefix of its gathered keys.
+        # A ragged block stands last in its list, so what a row may see is a prefix of its gathered keys.
         if (low := int(valid.min())) < width * bk:
             beyond = torch.arange(low, width * bk) >= valid[:, None]
             scores[:, :, low:].masked_fill_(beyond[:, None], -math.inf)

@@ -1,7 +1,8 @@
 """Block-sparse FlashAttention forward in portable Triton: device code only (`_block_sparse_triton.py` launches it).
 
-One program owns `BLOCK_M` query rows and walks its list of key blocks from the end.  Lists ascend, so only the first
-block it meets can be ragged or reach past the key length: that one is peeled off and masked, the loop is not.
+One program owns `BLOCK_M` query rows and walks its list of key blocks from the end.  A ragged block stands last in its
+list, and with key lengths lists ascend, so only the first block it meets can reach past the end: that one is peeled off
+and masked, the loop is not.
 Softmax runs in base 2 and online (FlashAttention-2, arXiv 2307.08691); the vote is LiteAttention's
 (arXiv 2511.11062).
 """

@@ -64,7 +64,8 @@ def attend(
         out[:, :, rows] = probabilities @ v
         lse[:, :, rows] = row_lse
         if vote_threshold is not None:
-            vote[:, :, m] = _vote(scores, kept[:, :, m], bk, vote_threshold)
+            lists = mask.kv_indices[:, :, m], mask.kv_num_blocks[:, :, m]
+            vote[:, :, m] = _vote(scores, kept[:, :, m], lists, bk, vote_threshold)
         if want_mass:
             norm = row_lse if lse_prev is None else lse_prev[:, :, rows]
             mass[:, :, m] = _mass(scores, norm, bk)
@@ -77,17 +78,28 @@ def attend(
     )
 
 
-def _vote(scores: Tensor, kept: Tensor, block: int, threshold: float) -> Tensor:
+def _vote(
+    scores: Tensor, kept: Tensor, lists: tuple[Tensor, Tensor], block: int, threshold: float
+) -> Tensor:
     """LiteAttention's running-max vote of one query block: `bool [B, H, Nk]` (arXiv 2511.11062 and its code).
 
-    `scores` `[B, H, rows, Sk]` hold -inf where nothing is attended; blocks are visited from the last to the first.
+    `scores` `[B, H, rows, Sk]` hold -inf where nothing is attended; blocks are visited from the end of their list, of
+    `lists` `int32 [B|1, H|1, Nk]` and counts, to its start.
     """
+    indices, counts = (x.expand(*kept.shape[:2], *x.shape[2:]) for x in lists)
+    padded = torch.nn.functional.pad(scores, (0, -scores.shape[-1] % block), value=-math.inf)
+    best = padded.unflatten(-1, (-1, block)).amax(-1)  # [B, H, rows, Nk]
     keep = torch.zeros_like(kept)
     running = torch.full_like(scores[..., 0], -math.inf)
-    for j in reversed(range(kept.shape[-1])):
-        local = scores[..., j * block : (j + 1) * block].amax(-1)
-        # The first visited block compares with -inf and always stays; a block not visited gives NaN or -inf.
-        keep[..., j] = kept[..., j] & ((local - running) * LOG2E > threshold).any(-1)
+    for visited in range(kept.shape[-1]):
+        place = (counts - 1 - visited)[..., None]
+        # What a list holds past its count is arbitrary.
+        j = indices.gather(-1, place.clamp(min=0).long()).where(place >= 0, 0).long()
+        local = best.gather(-1, j[..., None].expand(*running.shape, 1))[..., 0]
+        local = local.where(place >= 0, -math.inf)
+        # The first visited block compares with -inf and always stays; a block past the length gives NaN or -inf.
+        wanted = ((local - running) * LOG2E > threshold).any(-1, keepdim=True) & (place >= 0)
+        keep |= torch.zeros_like(kept).scatter(-1, j, wanted) & kept
         running = torch.maximum(running, local)
     return keep
 

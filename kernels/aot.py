@@ -17,14 +17,17 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparsediff.kernels._block_bitmap_fwd import pack_rows
+from sparsediff.kernels._block_lists_fwd import compact_rows
 from sparsediff.kernels._block_sparse_fwd import block_sparse_fwd
 from sparsediff.kernels._token_order_fwd import gather_rows
+from sparsediff.kernels.block_lists import Visits
 from sparsediff.kernels.token_order import TILE_BYTES
 from sparsediff.kernels.tuning import (
     Tile,
@@ -128,6 +131,17 @@ def mask_packing(arch: str) -> Compiled:
     aligned = [n for n in names if n.endswith("_ptr")]
     return compile_kernel(
         "mask packing", arch, pack_rows, pointers, constants, aligned, {"num_warps": 4}
+    )
+
+
+def list_building(arch: str, visits: Visits) -> Compiled:
+    """Compile the kernel that turns a bitmap into lists."""
+    names = compact_rows.arg_names
+    pointers = {"keep_ptr": "*u8", "count_ptr": "*i32", "index_ptr": "*i32"}
+    constants = {"PACKED": True, "CHUNK": 1024, "VISITS": visits, "RAGGED": True}
+    aligned = [n for n in names if n.endswith("_ptr")]
+    return compile_kernel(
+        f"lists {visits}", arch, compact_rows, pointers, constants, aligned, {"num_warps": 4}
     )
 
 
@@ -339,6 +353,8 @@ def every_kernel(arch: str) -> Iterator[Compiled]:
     for dtype, head_dim in (("bf16", 128), ("bf16", 96), ("fp32", 64)):
         yield token_gather(arch, dtype, head_dim)
     yield mask_packing(arch)
+    for visits in get_args(Visits):
+        yield list_building(arch, visits)
     if arch == "sm90":
         for head_dim, block_n, byproducts in product((64, 128), (128, 64), (False, True)):
             yield hopper_attention("bf16", head_dim, block_n, byproducts=byproducts)
@@ -356,6 +372,7 @@ def few_kernels(arch: str) -> Iterator[Compiled]:
     yield portable_attention(arch, "fp16", 64, (64, 64), byproducts=False)
     yield token_gather(arch, "bf16", 128)
     yield mask_packing(arch)
+    yield list_building(arch, "centre-out")
     if arch == "sm90":
         yield hopper_attention("bf16", 128, 128, byproducts=False)
         yield hopper_attention("bf16", 64, 128, byproducts=True)

@@ -128,9 +128,10 @@ def attend_blocks(
         value: `[B, Sk, H, D]`.
         mask: over `(Sq, Sk)`; a batch or head dimension of 1 serves all.
         scale: of the logits; `1 / sqrt(D)` unless given.
-        kv_lengths: `int32 [B]`; keys at or past it are not attended, blocks wholly past it not visited.
-        vote_threshold: in log2 units, usually negative; asks for `vote`.  Blocks of a row are visited from the last
-            to the first; a block's bit is set if it is the first visited or if in any of its query rows the best
+        kv_lengths: `int32 [B]`; keys at or past it are not attended, blocks wholly past it not visited.  Needs a mask
+            of ascending lists (`visits="descending"`).
+        vote_threshold: in log2 units, usually negative; asks for `vote`.  Blocks of a row are visited as `mask.visits`
+            says, from the last to the first unless told otherwise; a block's bit is set if it is the first visited or if in any of its query rows the best
             logit exceeds the running best of the blocks before it by more than the threshold.
         lse_prev: `float32 [B, H, Sq]`, the log-sum-exp under which `mass` is taken (an earlier step's, say) instead
             of this call's own.  A row where it is -inf contributes nothing.
@@ -358,6 +359,11 @@ def _check(
             raise ValueError(
                 f"mask has {name} dimension {got}; query needs {want}, or 1 to share one mask"
             )
+    if kv_lengths is not None and mask.visits != "descending":
+        raise ValueError(
+            f"kv_lengths needs a mask whose visits are 'descending', got {mask.visits!r}; "
+            "make the mask without visits="
+        )
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()):

@@ -3,38 +3,64 @@
 Every function returns `(kv_num_blocks, kv_indices)`, the fields of a `BlockMask`: `int32 [B, H, Mq]` and ascending
 `int32 [B, H, Mq, Nk]` whose entries past the count are arbitrary.  On CUDA each is one Triton launch without a host
 synchronisation; elsewhere plain torch does the same and defines what is right.
+
+Kernels walk a list from its end, so an ascending list is visited from the last block to the first.  Nothing but
+LiteAttention's vote depends on that order, and for its sake two functions make lists in the others of `Visits`.
+Kernels mask the keys past the end of the sequence in the block they visit first: a ragged last block is that one
+whatever the order.
 """
 
 from __future__ import annotations
+
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from sparsediff.kernels.launcher import aligned, launch_kernel
 
+# From the last key block to the first; from the first to the last; from the one beside the queries outwards.
+Visits = Literal["descending", "ascending", "centre-out"]
 
-def lists_from_dense(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """From `keep`, `bool [B, H, Mq, Nk]`."""
+
+def lists_from_dense(
+    keep: Tensor, visits: Visits = "descending", *, ragged: bool = False
+) -> tuple[Tensor, Tensor]:
+    """From `keep`, `bool [B, H, Mq, Nk]`.
+
+    Args:
+        keep: which blocks are listed.
+        visits: the order in which kernels are to visit them.
+        ragged: whether the last key block is short; matters only where `visits` is not descending.
+    """
+    _check_visits(visits)
     if keep.dtype != torch.bool or keep.ndim != 4:
         raise TypeError(f"keep must be bool [B, H, Mq, Nk], got {keep.dtype} {list(keep.shape)}")
-    return (
-        compact(keep.view(torch.uint8), keep.shape[-1], packed=False)
-        if keep.is_cuda
-        else dense_reference(keep)
-    )
+    if keep.is_cuda:
+        return compact(
+            keep.view(torch.uint8), keep.shape[-1], packed=False, visits=visits, ragged=ragged
+        )
+    return dense_reference(keep, visits, ragged=ragged)
 
 
-def lists_from_bitmap(bitmap: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """From a bitmap of `num_blocks` columns, `uint8 [B, H, Mq, ceil(Nk / 8)]`, as `BlockMask.to_bitmap` packs it."""
+def lists_from_bitmap(
+    bitmap: Tensor, num_blocks: int, visits: Visits = "descending", *, ragged: bool = False
+) -> tuple[Tensor, Tensor]:
+    """From a bitmap of `num_blocks` columns, `uint8 [B, H, Mq, ceil(Nk / 8)]`, as `BlockMask.to_bitmap` packs it.
+
+    `visits` and `ragged` are those of `lists_from_dense`.
+    """
+    _check_visits(visits)
     if bitmap.dtype != torch.uint8 or bitmap.ndim != 4 or bitmap.shape[-1] != -(-num_blocks // 8):
         raise TypeError(
             f"bitmap must be uint8 [B, H, Mq, {-(-num_blocks // 8)}] for {num_blocks} blocks, "
             f"got {bitmap.dtype} {list(bitmap.shape)}"
         )
     if bitmap.is_cuda:
-        return compact(bitmap, num_blocks, packed=True)
+        return compact(bitmap, num_blocks, packed=True, visits=visits, ragged=ragged)
     shifts = torch.arange(8, dtype=torch.uint8)
-    return dense_reference(((bitmap[..., None] >> shifts) & 1).flatten(-2)[..., :num_blocks].bool())
+    keep = ((bitmap[..., None] >> shifts) & 1).flatten(-2)[..., :num_blocks].bool()
+    return dense_reference(keep, visits, ragged=ragged)
 
 
 def lists_from_top_k(
@@ -64,10 +90,45 @@ def lists_from_top_k(
 # -- references -----------------------------------------------------------------------------------------------------
 
 
-def dense_reference(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """`lists_from_dense` by a stable sort, which puts kept columns first and leaves them ascending."""
-    indices = keep.logical_not().to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
-    return keep.sum(-1, dtype=torch.int32), indices
+def dense_reference(
+    keep: Tensor, visits: Visits = "descending", *, ragged: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`lists_from_dense` by a stable sort, which puts kept columns first and leaves them in order."""
+    counts = keep.sum(-1, dtype=torch.int32)
+    if visits == "descending":
+        indices = keep.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
+        return counts, indices.to(torch.int32)
+    columns = list_columns(*keep.shape[2:], visits, ragged=ragged, device=keep.device)
+    columns = columns.expand(keep.shape)
+    places = keep.gather(-1, columns).logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
+    return counts, columns.gather(-1, places).to(torch.int32)
+
+
+def list_columns(
+    rows: int,
+    columns: int,
+    visits: Visits,
+    *,
+    ragged: bool,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """All columns of every row in the order of a list, `int64 [Mq, Nk]`: the one to be visited first stands last.
+
+    Outwards from the centre, a later column comes before the earlier one that is as far away; the centre of a row is
+    the column at its own share of the sequence.
+    """
+    column = torch.arange(columns, device=device)
+    distance = column.expand(rows, -1)
+    if visits == "descending":
+        distance = -distance
+    elif visits == "centre-out":
+        row = torch.arange(rows, device=device)[:, None]
+        centre = (2 * row + 1) * columns // (2 * rows)
+        centre = centre.clamp(max=columns - 1 - ragged)
+        distance = 2 * (column - centre).abs() + (column < centre)
+    if ragged:
+        distance = distance.masked_fill(column == columns - 1, -columns)
+    return distance.argsort(dim=-1, descending=True)
 
 
 def top_k_reference(scores: Tensor, k: Tensor, forced: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -83,7 +144,14 @@ def top_k_reference(scores: Tensor, k: Tensor, forced: Tensor | None) -> tuple[T
 # -- launchers ------------------------------------------------------------------------------------------------------
 
 
-def compact(keep: Tensor, num_columns: int, *, packed: bool) -> tuple[Tensor, Tensor]:
+def compact(
+    keep: Tensor,
+    num_columns: int,
+    *,
+    packed: bool,
+    visits: Visits = "descending",
+    ragged: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Launch `compact_rows` over `uint8 [B, H, Mq, ...]`."""
     from sparsediff.kernels._block_lists_fwd import compact_rows
 
@@ -95,10 +163,12 @@ def compact(keep: Tensor, num_columns: int, *, packed: bool) -> tuple[Tensor, Te
         launch_kernel(
             compact_rows,
             (counts.numel(),),
-            (keep.device, packed, chunk, aligned(keep)),
-            (keep, counts, indices, num_columns),
+            (keep.device, packed, chunk, visits, ragged, aligned(keep)),
+            (keep, counts, indices, keep.shape[2], num_columns),
             PACKED=packed,
             CHUNK=chunk,
+            VISITS=visits,
+            RAGGED=ragged,
             num_warps=max(1, chunk // 256),
         )
     return counts, indices
@@ -223,6 +293,11 @@ def order_reference(kv_num_blocks: Tensor, batch: int, heads: int) -> tuple[Tens
     places = counts.argsort(dim=1, descending=True, stable=True) + first
     draw = torch.zeros(1, dtype=torch.int32, device=counts.device)
     return counts.reshape(-1), places.reshape(-1).to(torch.int32), draw
+
+
+def _check_visits(visits: str) -> None:
+    if visits not in get_args(Visits):
+        raise ValueError(f"visits must be one of {', '.join(get_args(Visits))}, got {visits!r}")
 
 
 def _power_of_2(n: int) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparsediff.kernels.block_lists import lists_from_bitmap, lists_from_dense
+from sparsediff.kernels.block_lists import Visits, lists_from_bitmap, lists_from_dense
 from sparsediff.token_grid import TokenGrid
 
 if TYPE_CHECKING:
@@ -27,9 +27,12 @@ class BlockMask:
 
     Attributes:
         kv_num_blocks: `int32 [B|1, H|1, Mq]`, how many entries of each row of `kv_indices` count.
-        kv_indices: `int32 [B|1, H|1, Mq, Nk]`, block numbers, ascending; entries past the count are never read.
+        kv_indices: `int32 [B|1, H|1, Mq, Nk]`, block numbers, ascending or as `visits` says; entries past the count are
+            never read.
         block_size: `(query, key/value)` tokens a block.
         seq_lengths: `(query, key/value)` tokens; the last block of either side may be ragged.
+        visits: the order in which kernels visit the blocks of a row, from the end of its list to the start.  A ragged
+            last block comes first in all of them.  Results differ in the vote alone.
 
     A row without blocks attends to nothing: its output is zero and its log-sum-exp -inf.
     """
@@ -38,6 +41,7 @@ class BlockMask:
     kv_indices: Tensor
     block_size: tuple[int, int]
     seq_lengths: tuple[int, int]
+    visits: Visits = "descending"
 
     def __post_init__(self) -> None:
         for name, sizes in {"block_size": self.block_size, "seq_lengths": self.seq_lengths}.items():
@@ -62,7 +66,12 @@ class BlockMask:
 
     @classmethod
     def from_dense(
-        cls, keep: Tensor, block_size: tuple[int, int], seq_lengths: tuple[int, int]
+        cls,
+        keep: Tensor,
+        block_size: tuple[int, int],
+        seq_lengths: tuple[int, int],
+        *,
+        visits: Visits = "descending",
     ) -> BlockMask:
         """Compress `keep` (`bool [B|1, H|1, Mq, Nk]`).  No host synchronisation."""
         if keep.ndim != 4 or keep.dtype != torch.bool:
@@ -74,7 +83,8 @@ class BlockMask:
             raise ValueError(
                 f"sequences {seq_lengths} in blocks {block_size} need a {blocks} map, got {list(keep.shape[2:])}"
             )
-        return cls(*lists_from_dense(keep), tuple(block_size), tuple(seq_lengths))
+        lists = lists_from_dense(keep, visits, ragged=seq_lengths[1] % block_size[1] != 0)
+        return cls(*lists, tuple(block_size), tuple(seq_lengths), visits)
 
     @classmethod
     def full(
@@ -93,11 +103,18 @@ class BlockMask:
 
     @classmethod
     def from_bitmap(
-        cls, bitmap: Tensor, block_size: tuple[int, int], seq_lengths: tuple[int, int]
+        cls,
+        bitmap: Tensor,
+        block_size: tuple[int, int],
+        seq_lengths: tuple[int, int],
+        *,
+        visits: Visits = "descending",
     ) -> BlockMask:
         """The inverse of `to_bitmap`."""
         columns = _num_blocks(seq_lengths, block_size)[1]
-        return cls(*lists_from_bitmap(bitmap, columns), tuple(block_size), tuple(seq_lengths))
+        ragged = seq_lengths[1] % block_size[1] != 0
+        lists = lists_from_bitmap(bitmap, columns, visits, ragged=ragged)
+        return cls(*lists, tuple(block_size), tuple(seq_lengths), visits)
 
     @classmethod
     def from_flex(cls, mask: FlexBlockMask) -> BlockMask:
@@ -192,6 +209,7 @@ class BlockMask:
             self.kv_indices.to(device),
             self.block_size,
             self.seq_lengths,
+            self.visits,
         )
 
     # -- algebra --------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -43,7 +44,7 @@ def spoil(mask):
     column = torch.arange(mask.num_blocks[1])
     wild = torch.where(column % 2 == 0, 2**31 - 1, -(2**27) - 1).int()
     lists = torch.where(column < mask.kv_num_blocks[..., None], mask.kv_indices, wild)
-    return BlockMask(mask.kv_num_blocks, lists, mask.block_size, mask.seq_lengths)
+    return replace(mask, kv_indices=lists)
 
 
 def token_mask(mask, seq_k=None):
@@ -198,18 +199,19 @@ def test_partial_results_merge_by_lse(backend):
 
 
 def slow_vote(q, k, mask, threshold, kv_lengths=None):
-    """The published rule, one row and one block at a time."""
+    """The published rule, one row and one block at a time, from the end of the list to its start."""
     (bq, bk), sk, (mq, nk) = mask.block_size, mask.seq_lengths[1], mask.num_blocks
     batch, heads, scale = q.shape[0], q.shape[2], q.shape[-1] ** -0.5
-    keep = mask.to_dense().expand(batch, heads, mq, nk)
+    lists = mask.kv_indices.expand(batch, heads, mq, nk)
+    counts = mask.kv_num_blocks.expand(batch, heads, mq)
     vote = torch.zeros(batch, heads, mq, nk, dtype=torch.bool)
     for b, h, m in product(range(batch), range(heads), range(mq)):
         length = sk if kv_lengths is None else int(kv_lengths[b])
         queries = q[b, m * bq : (m + 1) * bq, h].double()
         running = torch.full((len(queries),), -math.inf, dtype=torch.float64)
-        for j in reversed(range(nk)):
+        for j in lists[b, h, m, : counts[b, h, m]].tolist()[::-1]:
             keys = k[b, j * bk : min((j + 1) * bk, length), h].double()
-            if not keep[b, h, m, j] or not len(keys):
+            if not len(keys):
                 continue
             local = (queries @ keys.T * scale).amax(-1)
             vote[b, h, m, j] = bool(((local - running) * math.log2(math.e) > threshold).any())
@@ -228,6 +230,26 @@ def test_vote_is_the_published_running_maximum(backend, threshold):
         q, k, v, mask, kv_lengths=lengths, vote_threshold=threshold, backend=backend
     ).vote
     assert torch.equal(got, slow_vote(q, k, mask, threshold, lengths))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("visits", ["ascending", "centre-out"])
+@pytest.mark.parametrize(("seq_k", "heads"), [(1, 3), (256, 1), (287, 3)])
+def test_the_vote_follows_the_order_of_the_lists(backend, visits, seq_k, heads):
+    """And whatever that is, keys past the end of a ragged last block are not attended."""
+    q, k, v = make_inputs(130, seq_k, batch=2, heads=3)
+    q, k = q * 2, k * 2
+    keep = make_mask(130, seq_k, (32, 32), heads=heads, density=0.7).to_dense()
+    keep[..., -1] |= (
+        torch.arange(keep.shape[2]) % 2 == 0
+    )  # rows with the last block, and some without
+    ordered = spoil(BlockMask.from_dense(keep, (32, 32), (130, seq_k), visits=visits))
+    check(q, k, v, ordered, backend)
+    vote = attend_blocks(q, k, v, ordered, vote_threshold=2.0, backend=backend).vote
+    assert torch.equal(vote, slow_vote(q, k, ordered, 2.0))
+    if seq_k > 200:
+        plain = slow_vote(q, k, BlockMask.from_dense(keep, (32, 32), (130, seq_k)), 2.0)
+        assert not torch.equal(vote, plain), "the order is to make a difference"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -267,6 +289,14 @@ def test_a_row_without_an_earlier_softmax_has_no_mass(backend):
     assert (
         attend_blocks(q, k, v, mask, lse_prev=lse, return_mass=True, backend=backend).mass == 0
     ).all()
+
+
+def test_key_lengths_need_ascending_lists():
+    keep = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    mask = BlockMask.from_dense(keep, (64, 64), (128, 128), visits="centre-out")
+    lengths = torch.tensor([100], dtype=torch.int32)
+    with pytest.raises(ValueError, match="kv_lengths needs a mask whose visits are 'descending'"):
+        attend_blocks(*make_inputs(128, 128), mask, kv_lengths=lengths)
 
 
 def test_only_what_is_asked_for_comes_back():

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,8 +9,9 @@ from sparsediff.block_mask import pack_bits
 from sparsediff.kernels import block_lists, block_scores
 from sparsediff.kernels.attention import _why_not_triton
 
+INTERPRETED = not _why_not_triton(torch.device("cpu"), torch.float32, 64, (64, 64))
 interpreted = pytest.mark.skipif(
-    bool(_why_not_triton(torch.device("cpu"), torch.float32, 64, (64, 64))),
+    not INTERPRETED,
     reason="needs TRITON_INTERPRET=1 (make test sets it)",
 )
 
@@ -18,7 +21,7 @@ def random(*shape, seed=0):
 
 
 def dense(lists):
-    """Lists back to booleans; what stands past the count must not matter, and what is before must ascend."""
+    """Ascending lists back to booleans; what stands past the count must not matter."""
     counts, indices = lists
     keep = torch.zeros(indices.shape, dtype=torch.bool)
     for row in torch.cartesian_prod(*(torch.arange(n) for n in counts.shape)).tolist():
@@ -44,6 +47,62 @@ def test_compaction_kernel(columns):
         dense(block_lists.compact(keep.view(torch.uint8), columns, packed=False)), keep
     )
     assert torch.equal(dense(block_lists.compact(pack_bits(keep), columns, packed=True)), keep)
+
+
+def visited(row, rows, columns, visits, ragged):
+    """The columns of a row as they are to be visited, written out."""
+    first = [columns - 1] if ragged else []
+    others = list(range(columns - len(first)))
+    if visits == "descending":
+        others.reverse()
+    if visits == "centre-out" and others:
+        # The column under the middle of the row, were both sides drawn on one line; of a tie the later comes first.
+        centre = min(math.floor((row + 0.5) / rows * columns + 1e-9), others[-1])
+        others.sort(key=lambda column: (abs(column - centre), -column))
+    return first + others
+
+
+@settings(max_examples=40)
+@given(
+    rows=st.integers(1, 7),
+    columns=st.one_of(st.integers(1, 9), st.sampled_from([17, 40])),
+    visits=st.sampled_from(["descending", "ascending", "centre-out"]),
+    ragged=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_lists_end_with_what_is_visited_first(rows, columns, visits, ragged, seed):
+    keep = random(1, 2, rows, columns, seed=seed) < 0.6
+    bitmap = pack_bits(keep)
+    made = [
+        block_lists.lists_from_dense(keep, visits, ragged=ragged),
+        block_lists.lists_from_bitmap(bitmap, columns, visits, ragged=ragged),
+    ]
+    if INTERPRETED:
+        order = {"visits": visits, "ragged": ragged}
+        made.append(block_lists.compact(keep.view(torch.uint8), columns, packed=False, **order))
+        made.append(block_lists.compact(bitmap, columns, packed=True, **order))
+    for counts, indices in made:
+        for head in range(2):
+            for row in range(rows):
+                walked = indices[0, head, row, : counts[0, head, row]].tolist()[::-1]
+                order = visited(row, rows, columns, visits, ragged)
+                assert walked == [j for j in order if keep[0, head, row, j]]
+
+
+@interpreted
+@pytest.mark.parametrize("visits", ["ascending", "centre-out"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_visiting_orders_over_several_chunks_of_columns(visits, ragged):
+    """The kernel walks 1024 columns at a time."""
+    keep = random(1, 1, 3, 1030) < 0.5
+    got = block_lists.compact(
+        keep.view(torch.uint8), 1030, packed=False, visits=visits, ragged=ragged
+    )
+    want = block_lists.dense_reference(keep, visits, ragged=ragged)
+    assert torch.equal(got[0], want[0])
+    for row in range(3):
+        count = int(want[0][0, 0, row])
+        assert torch.equal(got[1][0, 0, row, :count], want[1][0, 0, row, :count])
 
 
 @interpreted
@@ -123,6 +182,8 @@ def test_mean_kernel(seq, block, dim):
 def test_wrong_dtypes_are_named():
     with pytest.raises(TypeError, match="keep must be bool"):
         block_lists.lists_from_dense(torch.zeros(1, 1, 1, 1))
+    with pytest.raises(ValueError, match="visits must be one of descending, ascending, centre-out"):
+        block_lists.lists_from_dense(torch.ones(1, 1, 1, 1) > 0, "backwards")
     with pytest.raises(TypeError, match=r"bitmap must be uint8 \[B, H, Mq, 2\] for 9 blocks"):
         block_lists.lists_from_bitmap(torch.zeros(1, 1, 1, 1, dtype=torch.uint8), 9)
     with pytest.raises(TypeError, match="scores must be float32"):
