@@ -6,21 +6,50 @@ import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from sparsediff.schedule import Schedule
 from sparsediff.token_grid import TokenGrid
 
 # Transformer class name -> "module:attribute".  Matched exactly: near names (Wan, WanAnimate2) differ in what counts.
 ADAPTERS = {
     "CogVideoXTransformer3DModel": "sparsediff.pipelines.cogvideox:CogVideoXAdapter",
+    "Flux2Transformer2DModel": "sparsediff.pipelines.flux2:Flux2Adapter",
+    "FluxTransformer2DModel": "sparsediff.pipelines.flux:FluxAdapter",
+    "QwenImageTransformer2DModel": "sparsediff.pipelines.qwen_image:QwenImageAdapter",
     "WanTransformer3DModel": "sparsediff.pipelines.wan:WanAdapter",
     "WanVACETransformer3DModel": "sparsediff.pipelines.wan:WanVACEAdapter",
+    "ZImageTransformer2DModel": "sparsediff.pipelines.z_image:ZImageAdapter",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Settings for a model, and how far they can be trusted.
+
+    Attributes:
+        method: a name of `sparsediff.list_methods()`.
+        parameters: of the method; what is left out keeps its default.
+        schedule: when to stay dense; None takes the method's own choice.
+        provenance: `"published"` by the method's authors for this model, `"measured here"`, or a `"guess"`.
+        source: where it comes from, in one line.
+    """
+
+    method: str
+    parameters: Mapping[str, object] = field(default_factory=dict)
+    schedule: Schedule | None = None
+    provenance: Literal["published", "measured here", "guess"]
+    source: str
 
 
 class ModelAdapter(ABC):
     """One a model family; stateless."""
+
+    # Settings to begin with, the most trusted first.
+    presets: ClassVar[tuple[Preset, ...]] = ()
 
     # Stock processor classes that make one attention call over the whole sequence: by `dispatch_attention_fn`, or else
     # `dispatching` must give a stand-in that does.
