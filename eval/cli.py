@@ -145,9 +145,15 @@ def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
         "--dense-above-sigma",
         type=float,
         metavar="S",
-        help="steps above this noise level stay dense",
+        help="steps above this noise level (sigma in flow matching, the same share of noise elsewhere) stay dense",
     )
     how.add_argument("--dense-layers", type=int, metavar="N", help="first layers that stay dense")
+    how.add_argument(
+        "--min-dense-share",
+        type=float,
+        metavar="SHARE",
+        help="beside --dense-above-sigma: the least share of the steps that stay dense",
+    )
     _add_place_flags(parser)
 
 

@@ -10,23 +10,21 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-NUM_TRAIN_TIMESTEPS = 1000  # what timesteps count to where no scheduler says otherwise
+from sparsediff.noise_level import noise_level, noise_levels, timestep_values
 
 
 @dataclass(frozen=True)
 class Tick:
-    """The moment of one transformer call."""
+    """The moment of one transformer call; `sigma` is the noise level in [0, 1] (`sparsediff.noise_level`)."""
 
     generation: int
     step: int
     num_steps: int | None
     sigma: float | None
-    next_sigma: float | None = (
-        None  # of the step after this one, where a pipeline's scheduler tells
-    )
+    # of the step after this one, where a pipeline's scheduler tells
+    next_sigma: float | None = None
 
 
 class Clock:
@@ -42,8 +40,10 @@ class Clock:
         self._pipe = weakref.ref(pipe) if pipe is not None else lambda: None
         self._run: object = None  # the open run, if there is one
         self._timesteps: Tensor | None = None  # of the open run, by identity
+        self._values: list[
+            float
+        ] = []  # those timesteps from the run's first on, and their noise levels
         self._levels: list[float] = []
-        self._scale = NUM_TRAIN_TIMESTEPS
         self._first = 0  # the scheduler's index of the run's first step
         self._current: object = None  # the pipeline's current timestep, by identity
         self._ended = True  # whether the next call outside a run starts a generation
@@ -89,7 +89,7 @@ class Clock:
                 self._begin_pipeline_run(scheduler, timesteps, timestep)
             self.tick = self._read_run(scheduler, timestep, step)
         else:
-            self.tick = self._read_timestep(timestep, branch, who)
+            self.tick = self._read_timestep(scheduler, timestep, branch, who)
         return self.tick
 
     def _begin_pipeline_run(
@@ -97,14 +97,13 @@ class Clock:
     ) -> None:
         self.begin_generation()
         self._timesteps = timesteps
-        self._scale = getattr(scheduler.config, "num_train_timesteps", NUM_TRAIN_TIMESTEPS)
-        # One read back to the host a run.
-        levels = [float(t) / self._scale for t in torch.as_tensor(timesteps).tolist()]
+        # Read back to the host once a run.
+        values, levels = timestep_values(scheduler), noise_levels(scheduler)
         first = getattr(scheduler, "begin_index", None)
         if first is None:
             # Video-to-video starts in the middle of the timesteps and need not tell the scheduler.
-            first = 0 if timestep is None else self._nearest(levels, timestep)
-        self._first, self._levels = first, levels[first:]
+            first = 0 if timestep is None else _nearest(values, timestep)
+        self._first, self._values, self._levels = first, values[first:], levels[first:]
 
     def _read_run(self, scheduler: object, timestep: Tensor | None, step: int | None) -> Tick:
         pipe = self._pipe()
@@ -117,12 +116,14 @@ class Clock:
             self._current = current
             step = self.tick.step + moved
         elif step is None:
-            step = 0 if timestep is None else self._nearest(self._levels, timestep)
+            step = 0 if timestep is None else _nearest(self._values, timestep)
         step = min(max(step, 0), len(self._levels) - 1)
         following = self._levels[step + 1] if step + 1 < len(self._levels) else None
         return Tick(self.tick.generation, step, len(self._levels), self._levels[step], following)
 
-    def _read_timestep(self, timestep: Tensor | None, branch: str | None, who: object) -> Tick:
+    def _read_timestep(
+        self, scheduler: object, timestep: Tensor | None, branch: str | None, who: object
+    ) -> Tick:
         value = None if timestep is None else float(timestep.max())
         last = self._last_value
         again = value == last and (who, branch) in self._visited
@@ -135,10 +136,12 @@ class Clock:
         if branch is not None:
             self._visited.add((who, branch))
         self._last_value = value
-        sigma = None if value is None else value / NUM_TRAIN_TIMESTEPS
+        sigma = None if value is None else noise_level(scheduler, value)
         return Tick(self.tick.generation, self.tick.step + moved, self._promised, sigma)
 
-    def _nearest(self, levels: list[float], timestep: Tensor) -> int:
-        level = float(timestep.max()) / self._scale
-        index = min(range(len(levels)), key=lambda i: abs(levels[i] - level))
-        return index if abs(levels[index] - level) < 1e-2 else 0
+
+def _nearest(values: list[float], timestep: Tensor) -> int:
+    """The index of a timestep; 0 if there is none within a hundredth of their range."""
+    value = float(timestep.max())
+    index = min(range(len(values)), key=lambda i: abs(values[i] - value))
+    return index if abs(values[index] - value) < 1e-2 * max(map(abs, values)) else 0

@@ -21,14 +21,18 @@ class Schedule:
     Attributes:
         dense_steps: the first denoising steps: a count if `int`, a fraction of the steps if `float` (`1.0` is a
             wholly dense run).
-        dense_above_sigma: steps whose noise level is above this, in [0, 1] (`timestep / num_train_timesteps`, which
-            is sigma in flow matching).  Unlike a count it means the same for 50 steps and for a 4-step LoRA.
+        dense_above_sigma: steps whose noise level is above this, in [0, 1]: sigma in flow matching, and the same share
+            of noise under any other scheduler (`sparsediff.noise_level`).  Unlike a count it means the same for 50
+            steps and for a 4-step LoRA.
         dense_layers: the first transformer layers.
+        min_dense_share: beside `dense_above_sigma`, the least share of the steps: a scheduler may start below that
+            noise level.  Says nothing where the number of steps is unknown.
     """
 
     dense_steps: int | float = 0
     dense_above_sigma: float | None = None
     dense_layers: int = 0
+    min_dense_share: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.dense_steps, bool) or not isinstance(self.dense_steps, int | float):
@@ -41,11 +45,14 @@ class Schedule:
             )
         if self.dense_steps < 0:
             raise ValueError(f"dense_steps must be >= 0, got {self.dense_steps}")
-        limit = self.dense_above_sigma
-        if limit is not None and not isinstance(limit, int | float):
-            raise TypeError(f"dense_above_sigma must be a number in [0, 1], got {limit!r}")
-        if limit is not None and not 0.0 <= limit <= 1.0:
-            raise ValueError(f"dense_above_sigma must be in [0, 1], got {limit}")
+        for name in ("dense_above_sigma", "min_dense_share"):
+            share = getattr(self, name)
+            if name == "dense_above_sigma" and share is None:
+                continue
+            if isinstance(share, bool) or not isinstance(share, int | float):
+                raise TypeError(f"{name} must be a number in [0, 1], got {share!r}")
+            if not 0.0 <= share <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {share}")
         if isinstance(self.dense_layers, bool) or not isinstance(self.dense_layers, int):
             raise TypeError(f"dense_layers must be a count, got {self.dense_layers!r}")
         if self.dense_layers < 0:
@@ -68,10 +75,11 @@ class Schedule:
         if self.needs_step_count:
             if site.num_steps is None:
                 return UNKNOWN_STEPS
-            # Round up: asking for a share of dense steps must not give less.
-            first = math.ceil(self.dense_steps * site.num_steps - 1e-9)
+            first = _round_up(self.dense_steps * site.num_steps)
         else:
             first = int(self.dense_steps)
+        if site.num_steps is not None:
+            first = max(first, _round_up(self.min_dense_share * site.num_steps))
         if site.step < first:
             return "schedule: first steps"
         limit = self.dense_above_sigma
@@ -80,3 +88,8 @@ class Schedule:
         if site.layer < self.dense_layers:
             return "schedule: first layers"
         return None
+
+
+def _round_up(steps: float) -> int:
+    """Asking for a share of dense steps must not give less."""
+    return math.ceil(steps - 1e-9)

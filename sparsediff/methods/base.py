@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparsediff.calibration import Calibration, Calibrator, ModelLayout, step_bin
+from sparsediff.kernels.block_lists import Visits
 from sparsediff.schedule import Schedule
 from sparsediff.token_grid import TokenGrid, TokenOrder
 
@@ -24,7 +25,7 @@ class AttentionSite:
         num_layers: how many there are.
         step: denoising step, from 0.
         num_steps: steps of this generation; None for a bare transformer whose caller has not said.
-        sigma: noise level in [0, 1]; None if unknown.
+        sigma: noise level in [0, 1], as `sparsediff.noise_level` defines it; None if unknown.
         next_sigma: noise level of the step after this one; None if unknown or if this is the last.
         scale: of the logits, where the model's differs from `1 / sqrt(D)`.
         branch: classifier-free guidance branch (`"cond"`, `"uncond"`, ... as the pipeline names it).
@@ -101,6 +102,10 @@ class Method(ABC):
     def vote_threshold(self, site: AttentionSite) -> float | None:
         """Log2 threshold of the in-kernel vote that thins the mask for the next step; None: the mask stays."""
         return None
+
+    def visits(self, site: AttentionSite) -> Visits:
+        """The order in which the kernel visits the blocks of a row; the vote depends on it, and nothing else."""
+        return "descending"
 
     def order(self, site: AttentionSite) -> TokenOrder | None:
         """Which tokens share a block, in all heads or in each; None keeps the sequence as it is.

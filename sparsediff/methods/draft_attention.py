@@ -112,5 +112,5 @@ class DraftAttention(Method):
         return logits.unflatten(-1, (-1, parts)).unflatten(-3, (-1, parts)).logsumexp((-3, -1))
 
     def default_schedule(self) -> Schedule:
-        """Wan's published setting: dense above timestep 925 of 1000, and the first block."""
-        return Schedule(dense_above_sigma=0.925, dense_layers=1)
+        """Published: for Wan dense above timestep 925 of 1000 and in the first block, in general in a quarter of the steps."""
+        return Schedule(dense_above_sigma=0.925, dense_layers=1, min_dense_share=0.25)

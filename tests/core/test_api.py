@@ -50,19 +50,18 @@ def test_bad_arguments_patch_nothing(pipe, arguments, message):
 
 
 def test_unknown_models_are_refused_with_the_list():
-    from diffusers import FluxTransformer2DModel
+    from diffusers import DiTTransformer2DModel
 
-    flux = FluxTransformer2DModel(
-        num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=1, joint_attention_dim=8,
-        pooled_projection_dim=8, axes_dims_rope=(2, 2, 4), in_channels=4,
+    other = DiTTransformer2DModel(
+        num_layers=1, attention_head_dim=8, num_attention_heads=1, norm_num_groups=1, sample_size=4, in_channels=4
     )  # fmt: skip
     with pytest.raises(
         ValueError,
-        match=r"no adapter for FluxTransformer2DModel; supported: .*WanTransformer3DModel",
+        match=r"no adapter for DiTTransformer2DModel; supported: .*WanTransformer3DModel",
     ):
-        sparsediff.enable(flux)
-    handle = sparsediff.enable(flux, on_unsupported="dense")
-    assert "no adapter for FluxTransformer2DModel" in handle.summary()
+        sparsediff.enable(other)
+    handle = sparsediff.enable(other, on_unsupported="dense")
+    assert "no adapter for DiTTransformer2DModel" in handle.summary()
     with pytest.raises(ValueError, match="has no transformer"):
         sparsediff.enable(object())
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sparsediff.clock import Clock
+from sparsediff.noise_level import noise_levels
 
 SCHEDULERS = {
     "flow euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -14,6 +15,7 @@ SCHEDULERS = {
     "heun": lambda: diffusers.HeunDiscreteScheduler(),
     "ddim": lambda: diffusers.DDIMScheduler(),  # has no step_index
     "lcm": lambda: diffusers.LCMScheduler(),
+    "edm": lambda: diffusers.EDMEulerScheduler(),
 }
 
 
@@ -58,9 +60,11 @@ def test_steps_are_counted_per_evaluation_and_generations_per_run(name, branches
         assert [t.step for t in ticks] == [s for s in steps for _ in range(branches)]
         assert {t.generation for t in ticks} == {run}
         assert {t.num_steps for t in ticks} == {len(timesteps)}
-        assert [t.sigma for t in ticks] == pytest.approx(
-            [timesteps[s] / 1000 for s in steps for _ in range(branches)]
-        )
+        levels = noise_levels(pipe.scheduler)
+        assert [t.sigma for t in ticks] == [levels[s] for s in steps for _ in range(branches)]
+        assert [t.next_sigma for t in ticks] == [
+            levels[s + 1] if s + 1 < len(levels) else None for s in steps for _ in range(branches)
+        ]
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -79,6 +83,15 @@ def test_a_run_that_starts_in_the_middle_counts_from_there(told):
     assert [t.step for t in ticks] == [0, 1, 2, 3]
     assert ticks[0].num_steps == 4
     assert [t.sigma for t in ticks] == pytest.approx((scheduler.timesteps[6:] / 1000).tolist())
+
+
+def test_a_loop_outside_a_run_reads_levels_by_the_pipelines_scheduler():
+    pipe = Pipe(diffusers.DDIMScheduler())
+    clock = Clock(pipe)
+    pipe.scheduler.set_timesteps(20)
+    ticks = [clock.read(t) for t in pipe.scheduler.timesteps]
+    assert [t.sigma for t in ticks] == pytest.approx(noise_levels(pipe.scheduler), rel=1e-9)
+    assert Clock(None).read(torch.tensor([950])).sigma == 0.95, "no scheduler, so a flow's sigma"
 
 
 def test_one_branch_twice_in_a_step_is_a_new_generation():
