@@ -21,13 +21,7 @@ class CogVideoXAdapter(ModelAdapter):
     """`CogVideoXTransformer3DModel`."""
 
     processors = frozenset({"CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"})
-
-    def attention_layers(self, model: nn.Module) -> list[tuple[str, nn.Module, int]]:
-        """`transformer_blocks.N.attn1`."""
-        return [
-            (f"transformer_blocks.{i}.attn1", block.attn1, i)
-            for i, block in enumerate(model.transformer_blocks)
-        ]
+    attention = (("transformer_blocks", "attn1"),)
 
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """`hidden_states [B, F, C, H, W]` in patches of `(patch_size_t, patch_size, patch_size)`, after the text."""

@@ -23,16 +23,7 @@ class FluxAdapter(ModelAdapter):
     """`FluxTransformer2DModel`."""
 
     processors = frozenset({"FluxAttnProcessor"})
-    block_lists = ("transformer_blocks", "single_transformer_blocks")
-
-    def attention_layers(self, model: nn.Module) -> list[tuple[str, nn.Module, int]]:
-        """`transformer_blocks.N.attn`, then `single_transformer_blocks.N.attn`, counted on."""
-        blocks = [
-            (f"{name}.{i}.attn", block.attn)
-            for name in self.block_lists
-            for i, block in enumerate(getattr(model, name))
-        ]
-        return [(name, attn, depth) for depth, (name, attn) in enumerate(blocks)]
+    attention = (("transformer_blocks", "attn"), ("single_transformer_blocks", "attn"))
 
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """Text, then the image that `img_ids [S, 3]` describe, then reference images."""

@@ -23,7 +23,7 @@ class QwenImageAdapter(FluxAdapter):
     """`QwenImageTransformer2DModel`: double blocks only; called with noise levels from 0 to 1, as Flux is."""
 
     processors = frozenset({"QwenDoubleStreamAttnProcessor2_0"})
-    block_lists = ("transformer_blocks",)
+    attention = (("transformer_blocks", "attn"),)
 
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """Text, then the image of `img_shapes[0][0] = (frames, height, width)`, then the others of that list."""

@@ -18,10 +18,7 @@ class WanAdapter(ModelAdapter):
     """`WanTransformer3DModel`; each expert of Wan 2.2 is one."""
 
     processors = frozenset({"WanAttnProcessor"})
-
-    def attention_layers(self, model: nn.Module) -> list[tuple[str, nn.Module, int]]:
-        """`blocks.N.attn1`."""
-        return [(f"blocks.{i}.attn1", block.attn1, i) for i, block in enumerate(model.blocks)]
+    attention = (("blocks", "attn1"),)
 
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """`hidden_states [B, C, F, H, W]` in patches of `config.patch_size`."""

@@ -24,12 +24,7 @@ class ZImageAdapter(ModelAdapter):
     """`ZImageTransformer2DModel`."""
 
     processors = frozenset({"ZSingleStreamAttnProcessor"})
-
-    def attention_layers(self, model: nn.Module) -> list[tuple[str, nn.Module, int]]:
-        """`layers.N.attention`."""
-        return [
-            (f"layers.{i}.attention", block.attention, i) for i, block in enumerate(model.layers)
-        ]
+    attention = (("layers", "attention"),)
 
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """`x`, a list of images `[C, F, H, W]`, and behind it the longest of the captions `cap_feats [T, C]`."""

@@ -11,7 +11,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from sparsediff.processor import SparseProcessor, unwrapped, wrap_processor
 from sparsediff.schedule import Schedule
+from sparsediff.sdpa import CaughtForward
 from sparsediff.token_grid import TokenGrid
 
 # Transformer class name -> "module:attribute".  Matched exactly: near names (Wan, WanAnimate2) differ in what counts.
@@ -51,13 +53,21 @@ class ModelAdapter(ABC):
     # Settings to begin with, the most trusted first.
     presets: ClassVar[tuple[Preset, ...]] = ()
 
-    # Stock processor classes that make one attention call over the whole sequence: by `dispatch_attention_fn`, or else
-    # `dispatching` must give a stand-in that does.
+    # Stock processor classes that make one attention call over the whole sequence, by `dispatch_attention_fn` or by
+    # `scaled_dot_product_attention`.
     processors: frozenset[str] = frozenset()
 
-    @abstractmethod
+    # Where the eligible modules are, in execution order: (list of blocks, name within a block).
+    attention: ClassVar[tuple[tuple[str, str], ...]] = ()
+
     def attention_layers(self, model: nn.Module) -> list[tuple[str, nn.Module, int]]:
         """The eligible self-attention modules, in execution order: name, module, depth in the model from 0."""
+        modules = [
+            (f"{blocks}.{i}.{name}", getattr(block, name))
+            for blocks, name in self.attention
+            for i, block in enumerate(getattr(model, blocks))
+        ]
+        return [(name, module, depth) for depth, (name, module) in enumerate(modules)]
 
     @abstractmethod
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
@@ -67,9 +77,24 @@ class ModelAdapter(ABC):
             ValueError: if the shapes do not make a whole grid.
         """
 
-    def dispatching(self, stock: object) -> object:
-        """A processor that computes what `stock` does and ends in `dispatch_attention_fn`; `stock` if it does so itself."""
-        return stock
+    def check_layer(self, name: str, module: nn.Module) -> None:
+        """Refuse an eligible module whose attention call would not be seen.
+
+        Raises:
+            ValueError: it does not have the stock processor, or runs with context parallelism.
+        """
+        stock = unwrapped(module.processor)
+        if type(stock).__name__ not in self.processors:
+            raise ValueError(
+                f"{name} uses {type(stock).__name__}, not one of {', '.join(sorted(self.processors))}; "
+                "restore the stock attention processor first"
+            )
+        if getattr(stock, "_parallel_config", None) is not None:
+            raise ValueError(f"{name} runs with context parallelism, which is not supported yet")
+
+    def wrapper(self, module: nn.Module, state_key: int, layer: int) -> SparseProcessor | CaughtForward:
+        """What takes the place of an eligible module's processor, or of its `forward`, in an enabled model."""
+        return wrap_processor(unwrapped(module.processor), state_key, layer)
 
     def head_dim(self, model: nn.Module) -> int:
         """Channels of one attention head."""
