@@ -92,7 +92,9 @@ class ModelAdapter(ABC):
         if getattr(stock, "_parallel_config", None) is not None:
             raise ValueError(f"{name} runs with context parallelism, which is not supported yet")
 
-    def wrapper(self, module: nn.Module, state_key: int, layer: int) -> SparseProcessor | CaughtForward:
+    def wrapper(
+        self, module: nn.Module, state_key: int, layer: int
+    ) -> SparseProcessor | CaughtForward:
         """What takes the place of an eligible module's processor, or of its `forward`, in an enabled model."""
         return wrap_processor(unwrapped(module.processor), state_key, layer)
 

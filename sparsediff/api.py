@@ -15,7 +15,7 @@ from sparsediff.calibration import Calibration, ModelLayout
 from sparsediff.clock import Clock
 from sparsediff.kernels.attention import DTYPES, select_backend
 from sparsediff.methods import METHODS, CalibratedMethod, Method, build_method
-from sparsediff.patch import PipelinePatch, TransformerPatch, handle_of, unwrapped
+from sparsediff.patch import PipelinePatch, TransformerPatch, handle_of
 from sparsediff.recorder import Recorder
 from sparsediff.report import RunReport
 from sparsediff.schedule import Schedule
@@ -349,14 +349,7 @@ def _split(
 def _check_transformer(name: str, model: nn.Module, method: Method) -> None:
     adapter = adapter_for(model)
     for layer, module, _ in adapter.attention_layers(model):
-        stock = unwrapped(module.processor)
-        if type(stock).__name__ not in adapter.processors:
-            raise ValueError(
-                f"{name}.{layer} uses {type(stock).__name__}, not one of {', '.join(sorted(adapter.processors))}; "
-                "restore the stock attention processor first"
-            )
-        if getattr(stock, "_parallel_config", None) is not None:
-            raise ValueError(f"{name} runs with context parallelism, which is not supported yet")
+        adapter.check_layer(f"{name}.{layer}", module)
     parameter = next(model.parameters())
     if parameter.dtype == torch.float64:
         raise ValueError(f"{name} is in float64; kernels take float32, bfloat16 and float16")

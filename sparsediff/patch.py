@@ -1,7 +1,7 @@
 """What `enable` changes on a live pipeline, and how each change is taken back.
 
-Three things: the processors of the eligible attention modules, two forward hooks and `cache_context` on the
-transformer, and `progress_bar` on the pipeline.  Every replacement knows its handle, so the handle is found from the
+Three things: the processors of the eligible attention modules (or their `forward`, where there are none), two forward
+hooks and `cache_context` on the transformer, and `progress_bar` on the pipeline.  Every replacement knows its handle, so the handle is found from the
 pipeline itself, and every one turns into the stock thing (hooks into ones that do nothing) when it is deep-copied or
 pickled: a copy of an enabled pipeline runs stock.
 """
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from sparsediff.processor import SparseProcessor, wrap_processor
 from sparsediff.progress import show_density
 from sparsediff.state import RunState
 
@@ -44,10 +43,9 @@ class TransformerPatch:
         if hasattr(model, "cache_context"):
             model.__dict__["cache_context"] = _CacheContext(model, state)
         for index, (_, module, _) in enumerate(state.modules):
-            stock = unwrapped(module.processor)
-            wrapper = wrap_processor(stock, state.adapter.dispatching(stock), state.key, index)
+            wrapper = state.adapter.wrapper(module, state.key, index)
             state.wrappers.append(wrapper)
-            module.processor = wrapper
+            wrapper.attach(module)
 
     def undo(self) -> None:
         """Put everything back, also after a patch that was interrupted half-way."""
@@ -55,11 +53,8 @@ class TransformerPatch:
         for (name, module, _), wrapper in zip(
             self.state.modules, self.state.wrappers, strict=False
         ):
-            stock = wrapper.restore()
-            if module.processor is wrapper:
-                module.processor = stock
-            elif module.processor is not stock:
-                replaced.append(name)
+            if not wrapper.detach(module):
+                replaced.append(f"{name}.{wrapper.place}")
         for hook in self._hooks:
             hook.remove()
         if isinstance(vars(self.model).get("cache_context"), _CacheContext):
@@ -70,7 +65,7 @@ class TransformerPatch:
         self.state.release()
         if replaced:
             warnings.warn(
-                f"attention processors were replaced after sparsediff.enable() and are left as they are: "
+                f"these were replaced after sparsediff.enable() and are left as they are: "
                 f"{', '.join(replaced)}",
                 RuntimeWarning,
                 stacklevel=3,
@@ -110,13 +105,6 @@ def handle_of(target: object) -> Handle | None:
         return next((h.handle for h in hooks if isinstance(h, _BeforeForward)), None)
     bar = vars(target).get("progress_bar")
     return bar.handle if isinstance(bar, _ProgressBar) else None
-
-
-def unwrapped(processor: object) -> object:
-    """The stock processor, whoever wrapped it."""
-    while isinstance(processor, SparseProcessor):
-        processor = processor.original
-    return processor
 
 
 # nn.Module hooks survive offloading, which silently drops wrappers of `forward`; and run eagerly they are not replayed

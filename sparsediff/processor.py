@@ -1,9 +1,10 @@
 """How attention calls reach us: wrapper processors, a private diffusers backend, one opaque operation.
 
 A wrapper takes the place of a stock attention processor and delegates everything to it: projections, norms, RoPE,
-LoRA, fused QKV.  The stock processor ends in `dispatch_attention_fn(..., backend=self._attention_backend)`; we set that
-attribute to a backend of our own, so the one thing that changes is the attention call.  docs/adr/0002-processors.md
-weighs this against rewriting processors or registering a public backend.
+LoRA, fused QKV.  Most stock processors end in `dispatch_attention_fn(..., backend=self._attention_backend)`; we set that
+attribute to a backend of our own, so the one thing that changes is the attention call.  Those that call PyTorch's
+attention themselves are caught there (`sparsediff.sdpa`).  docs/adr/0002-processors.md weighs this against rewriting
+processors or registering a public backend.
 
 The backend function is traced by torch.compile; all that depends on the state of the run happens inside the opaque
 operation `sparsediff::attend`, which receives its layer as a tensor so that every layer shares one graph.
@@ -22,7 +23,9 @@ from diffusers.models.attention_dispatch import (
     _AttentionBackendRegistry,
     dispatch_attention_fn,
 )
-from torch import Tensor
+from torch import Tensor, nn
+
+from sparsediff.sdpa import CatchAttention, dense_attention
 
 BACKEND_NAME = "sparsediff"
 
@@ -143,12 +146,45 @@ class SparseProcessor:
     a signature of its own would silently lose, for instance, the rotary embedding.
     """
 
-    def __init__(self, original: object, dispatching: object, state_key: int, layer: int) -> None:
-        # A copy, because one processor object may serve several modules, cross-attention among them.
-        self.original, self.stock = original, copy.copy(dispatching)
-        self.stock._attention_backend = MEMBER
-        self.user_backend = _not_ours(dispatching._attention_backend)
+    place = "processor"
+
+    def __init__(self, original: object, state_key: int, layer: int) -> None:
+        self.original = original
         self.layer = torch.tensor([state_key, layer])
+
+    def attach(self, module: nn.Module) -> None:
+        """Take the place of the stock processor."""
+        module.processor = self
+
+    def detach(self, module: nn.Module) -> bool:
+        """Give it back; False if somebody has put another processor in place of ours, who is left alone."""
+        stock = self.restore()
+        if module.processor is self:
+            module.processor = stock
+        return module.processor is stock
+
+    def in_place(self, module: nn.Module) -> bool:
+        """Whether the module still calls it."""
+        return module.processor is self
+
+    def restore(self) -> object:
+        """The stock processor, as the user wants it by now."""
+        return self.original
+
+    def __reduce__(self):
+        # Copied or pickled, a wrapper is the stock processor: its run state stays with the original.
+        return _itself, (self.original,)
+
+
+class DispatchingProcessor(SparseProcessor):
+    """Around a stock processor that ends in `dispatch_attention_fn`."""
+
+    def __init__(self, original: object, state_key: int, layer: int) -> None:
+        super().__init__(original, state_key, layer)
+        # A copy, because one processor object may serve several modules, cross-attention among them.
+        self.stock = copy.copy(original)
+        self.stock._attention_backend = MEMBER
+        self.user_backend = _not_ours(original._attention_backend)
 
     @property
     def _attention_backend(self):
@@ -171,15 +207,25 @@ class SparseProcessor:
             )
         self.stock._parallel_config = None
 
+    def dense(self, query: Tensor, key: Tensor, value: Tensor, **call: object) -> Tensor:
+        """Attention on the backend that the user chose; `[B, S, H, D]` in and out."""
+        return dispatch_attention_fn(query, key, value, backend=self.user_backend, **call)
+
     def restore(self) -> object:
         """The stock processor, with the backend the user chose meanwhile."""
         if getattr(self.original, "_attention_backend", None) is not self.user_backend:
             self.original._attention_backend = self.user_backend
         return self.original
 
-    def __reduce__(self):
-        # Copied or pickled, a wrapper is the stock processor: its run state stays with the original.
-        return _itself, (self.original,)
+
+class CatchingProcessor(SparseProcessor):
+    """Around a stock processor that calls `scaled_dot_product_attention` itself."""
+
+    def __init__(self, original: object, state_key: int, layer: int) -> None:
+        super().__init__(original, state_key, layer)
+        self.stock, self.catch = original, CatchAttention(self.layer)
+
+    dense = staticmethod(dense_attention)
 
 
 def _not_ours(backend: AttentionBackendName | str | None) -> AttentionBackendName | str | None:
@@ -190,17 +236,22 @@ def _itself(x: object) -> object:
     return x
 
 
-def wrap_processor(
-    stock: object, dispatching: object, state_key: int, layer: int
-) -> SparseProcessor:
-    """A `SparseProcessor` in place of `stock` with exactly the call signature of `dispatching`, which does the work."""
-    return _wrapper_class(type(dispatching))(stock, dispatching, state_key, layer)
+def unwrapped(processor: object) -> object:
+    """The stock processor, whoever wrapped it."""
+    while isinstance(processor, SparseProcessor):
+        processor = processor.original
+    return processor
+
+
+def wrap_processor(stock: object, state_key: int, layer: int) -> SparseProcessor:
+    """A `SparseProcessor` in place of `stock`, with exactly its call signature."""
+    return _wrapper_class(type(stock))(stock, state_key, layer)
 
 
 @functools.cache
 def _wrapper_class(stock_class: type) -> type[SparseProcessor]:
     @functools.wraps(stock_class.__call__)
-    def __call__(self, *args, **kwargs):
+    def dispatching(self, *args, **kwargs):
         channel = _channel()
         channel.layer, channel.user_backend = self.layer, self.user_backend
         try:
@@ -208,4 +259,12 @@ def _wrapper_class(stock_class: type) -> type[SparseProcessor]:
         finally:
             channel.layer = None
 
-    return type(f"Sparse{stock_class.__name__}", (SparseProcessor,), {"__call__": __call__})
+    @functools.wraps(stock_class.__call__)
+    def catching(self, *args, **kwargs):
+        with self.catch:
+            return self.stock(*args, **kwargs)
+
+    dispatches = hasattr(stock_class, "_attention_backend")
+    base = DispatchingProcessor if dispatches else CatchingProcessor
+    call = dispatching if dispatches else catching
+    return type(f"Sparse{stock_class.__name__}", (base,), {"__call__": call})

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from sparsediff import adapter as adapters
@@ -142,11 +141,11 @@ class RunState:
         for (_, module, _), wrapper, layer in zip(
             self.modules, self.wrappers, self.layers, strict=True
         ):
-            if module.processor is not wrapper:
+            if not wrapper.in_place(module):
                 recorder.dense(
                     layer,
                     tick.step,
-                    "the attention processor was replaced after enable()",
+                    f"the attention {wrapper.place} was replaced after enable()",
                     warn=True,
                 )
 
@@ -201,7 +200,7 @@ class RunState:
         self._seen.add(index)
 
         def dense() -> Tensor:
-            return dispatch_attention_fn(
+            return self.wrappers[index].dense(
                 query,
                 key,
                 value,
@@ -209,7 +208,6 @@ class RunState:
                 scale=scale,
                 is_causal=is_causal,
                 enable_gqa=enable_gqa,
-                backend=self.wrappers[index].user_backend,
             )
 
         reason, warn = self._dense_reason(query, key, attn_mask, is_causal), True
