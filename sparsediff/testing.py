@@ -39,14 +39,14 @@ def random_wan_pipeline(
 
     Args:
         variant: `"t2v"` (Wan 2.1), `"t2v-2.2"` (two experts), `"ti2v-2.2"` (one timestep a token), `"i2v"` (Wan 2.1,
-            image tokens in cross-attention) or `"vace"`.
+            image tokens in cross-attention), `"flf2v"` (the same between a first and a last frame) or `"vace"`.
         layers: transformer blocks.
         head_dim: channels of an attention head; CUDA kernels want 64 or more.
         seed: of the weights.
     """
     import diffusers
 
-    with _seeded(seed):
+    with seeded(seed):
         parts = {
             "tokenizer": _word_tokenizer(),
             "text_encoder": _umt5_encoder(),
@@ -66,15 +66,20 @@ def random_wan_pipeline(
             return diffusers.WanPipeline(
                 transformer=_wan_transformer(layers, head_dim), expand_timesteps=True, **parts
             )
-        if variant == "i2v":
+        if variant in ("i2v", "flf2v"):
             from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
             vision = CLIPVisionConfig(
                 hidden_size=4, projection_dim=4, num_hidden_layers=2, num_attention_heads=2,
                 image_size=32, intermediate_size=16, patch_size=1,
             )  # fmt: skip
+            # First and last frame are told apart by a position embedding over the tokens of both.
+            image_tokens = (vision.image_size // vision.patch_size) ** 2 + 1
+            places = 2 * image_tokens if variant == "flf2v" else None
             return diffusers.WanImageToVideoPipeline(
-                transformer=_wan_transformer(layers, head_dim, in_channels=36, image_dim=4),
+                transformer=_wan_transformer(
+                    layers, head_dim, in_channels=36, image_dim=4, pos_embed_seq_len=places
+                ),
                 image_encoder=CLIPVisionModel(vision).eval(),
                 image_processor=CLIPImageProcessor(crop_size=32, size=32),
                 **parts,
@@ -83,8 +88,10 @@ def random_wan_pipeline(
             transformer = diffusers.WanVACETransformer3DModel(
                 **_wan_sizes(layers, head_dim), vace_layers=[0, layers - 1], vace_in_channels=96
             ).eval()
-            return diffusers.WanVACEPipeline(transformer=_make_local(transformer), **parts)
-    raise ValueError(f"unknown variant {variant!r}; known: t2v, t2v-2.2, ti2v-2.2, i2v, vace")
+            return diffusers.WanVACEPipeline(transformer=make_local(transformer), **parts)
+    raise ValueError(
+        f"unknown variant {variant!r}; known: t2v, t2v-2.2, ti2v-2.2, i2v, flf2v, vace"
+    )
 
 
 def _wan_sizes(layers: int, head_dim: int) -> dict:
@@ -107,22 +114,32 @@ def _wan_sizes(layers: int, head_dim: int) -> dict:
 def _wan_transformer(layers, head_dim: int, **changes):
     from diffusers import WanTransformer3DModel
 
-    return _make_local(WanTransformer3DModel(**{**_wan_sizes(layers, head_dim), **changes}).eval())
+    return make_local(WanTransformer3DModel(**{**_wan_sizes(layers, head_dim), **changes}).eval())
+
+
+# What an attention module calls its norms and projections of queries and keys.
+_QUERY_KEY_NAMES = (("norm_{}", "to_{}", "q", "k"), ("{}_norm", "to_{}", "query", "key"))
 
 
 @torch.no_grad()
-def _make_local(model):
+def make_local(model):
     """Give self-attention a shape: queries and keys that mostly agree, so that RoPE makes near tokens score higher.
 
     With wholly random weights every block matters as much as any other, and nothing is ever skipped.
     """
     for module in model.modules():
-        if hasattr(module, "norm_q") and not getattr(module, "is_cross_attention", False):
-            for projection in (module.to_q, module.to_k):
-                projection.weight.mul_(0.3)
-                projection.bias.fill_(1.0)
-            module.norm_q.weight.fill_(2.0)
-            module.norm_k.weight.fill_(2.0)
+        if getattr(module, "is_cross_attention", False):
+            continue
+        for norm, projection, *roles in _QUERY_KEY_NAMES:
+            if getattr(module, norm.format(roles[0]), None) is None:
+                continue
+            for role in roles:
+                linear = getattr(module, projection.format(role))
+                linear.weight.mul_(0.3)
+                if linear.bias is not None:
+                    linear.bias.fill_(1.0)
+                if (scale := getattr(module, norm.format(role)).weight) is not None:
+                    scale.fill_(2.0)
     return model
 
 
@@ -170,7 +187,7 @@ def _word_tokenizer():
 
 
 @contextlib.contextmanager
-def _seeded(seed: int):
+def seeded(seed: int):
     """Model constructors draw from the global generator: lend it a seed and give it back."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
