@@ -44,7 +44,7 @@ _ALL = (
     Metric(name="ssim", label="SSIM", unit="", higher_is_better=True, against_dense=True,
            meaning="likeness of local structure to the dense clip, mean over frames, at most 1"),
     Metric(name="ms_ssim", label="MS-SSIM", unit="", higher_is_better=True, against_dense=True,
-           meaning="SSIM over five scales; needs frames of more than 160 pixels"),
+           meaning="SSIM over five scales; needs frames of at least 176 x 176 pixels"),
     Metric(name="lpips", label="LPIPS", unit="", higher_is_better=False, against_dense=True,
            meaning="perceptual distance to the dense clip (AlexNet, package lpips), mean over frames, 0 if identical"),
     Metric(name="st_lpips", label="ST-LPIPS", unit="", higher_is_better=False, against_dense=True,

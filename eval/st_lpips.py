@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsediff.eval.video import require_same_shape
+
 DISTRIBUTION = "stlpips-pytorch"
 WEIGHTS = "alex_shift_tolerant.pth"
 # layer number in the stored trunk -> padding; pooling and blurring stand between the first three
@@ -36,15 +38,12 @@ def st_lpips(
         ValueError: shapes differ, or frames are smaller than 32 pixels.
         ImportError: the package with the weights is not installed (`pip install stlpips-pytorch`).
     """
-    if video.shape != reference.shape or video.ndim != 4 or video.shape[-1] != 3:
-        raise ValueError(
-            f"two videos [F, H, W, 3] of one shape are needed, got {list(video.shape)} and {list(reference.shape)}"
-        )
+    require_same_shape(video, reference)
     if min(video.shape[1:3]) < 32:
         raise ValueError(
             f"frames of at least 32 x 32 pixels are needed, got {list(video.shape[1:3])}"
         )
-    network = _network(str(weights or _installed_weights()), str(video.device))
+    network = _network(str(weights or installed_weights()), str(video.device))
     frames = zip(video.split(batch), reference.split(batch), strict=True)
     return torch.cat([_distance(network, a, b) for a, b in frames])
 
@@ -80,11 +79,16 @@ def _network(path: str, device: str) -> dict[str, Tensor]:
     return {name: x.float() for name, x in stored.items()}
 
 
-def _installed_weights() -> Path:
+def installed_weights() -> Path:
+    """The file that the package ships.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
     try:
         files = importlib.metadata.files(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
         raise ImportError(
-            f"ST-LPIPS needs its weights: pip install --no-deps {DISTRIBUTION}"
+            f"ST-LPIPS needs its weights: pip install --no-deps {DISTRIBUTION}, or name a file with --lpips-weights"
         ) from None
     return next(Path(f.locate()) for f in files if f.name == WEIGHTS)

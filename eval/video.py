@@ -42,6 +42,43 @@ def to_video_tensor(frames) -> Tensor:
     return x.clamp(0.0, 1.0)
 
 
+def require_same_shape(video: Tensor, reference: Tensor) -> None:
+    """Refuse two videos that cannot be compared frame by frame.
+
+    Raises:
+        ValueError: not both `[F, H, W, 3]`, or of different length or size; the message says which.
+    """
+    if video.shape == reference.shape and video.ndim == 4 and video.shape[-1] == 3:
+        return
+    text = f"two videos [F, H, W, 3] of one shape are needed, got {list(video.shape)} and {list(reference.shape)}"
+    if video.ndim == reference.ndim == 4 and video.shape[1:] == reference.shape[1:]:
+        text += f": they have {len(video)} and {len(reference)} frames"
+    raise ValueError(text)
+
+
+def read_video(path: str | Path) -> tuple[Tensor, float]:
+    """Frames `float32 [F, H, W, 3]` in [0, 1] of a file that ffmpeg reads, and frames a second.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no video in it.
+    """
+    import imageio.v3 as iio
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        pixels = iio.imread(path, plugin="FFMPEG")
+        fps = float(iio.immeta(path, plugin="FFMPEG")["fps"])
+    except (OSError, RuntimeError, IndexError, KeyError) as error:
+        reason = str(error).strip().splitlines()
+        raise ValueError(
+            f"cannot read a video from {path}: {reason[-1] if reason else type(error).__name__}"
+        ) from None
+    return torch.from_numpy(pixels).float() / 255, fps
+
+
 def write_mp4(path: str | Path, video: Tensor, fps: int) -> None:
     """Write `[F, H, W, 3]` in [0, 1] as H.264, which browsers play."""
     import imageio.v3 as iio

@@ -1,12 +1,17 @@
 """Metrics against independent implementations, and on distortions whose order is known."""
 
+import importlib.util
 import math
 
 import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import nn
 
-from sparsediff.eval.metrics import fidelity
+from sparsediff.eval.metric_names import METRICS
+from sparsediff.eval.metrics import FRAME_METRICS, choose, fidelity, score
+from sparsediff.eval.perceptual import lpips
+from sparsediff.eval.st_lpips import st_lpips
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +81,235 @@ def test_nan_is_refused(clip):
     spoilt[0, 0, 0, 0] = math.nan
     with pytest.raises(ValueError, match="the video holds NaN"):
         fidelity(spoilt, clip)
+
+
+# -- every metric of frames -----------------------------------------------------------------------------------------
+
+COMPUTED = ("psnr", "ssim", "ms_ssim", "st_lpips", "flicker", "warping_error")
+
+
+@pytest.fixture(scope="module")
+def moving():
+    """A disc over a waving background, `[5, 176, 176, 3]`: large enough for every metric."""
+    t, y, x = torch.meshgrid(
+        torch.arange(5.0), torch.linspace(-1, 1, 176), torch.linspace(-1, 1, 176), indexing="ij"
+    )
+    disc = ((x - 0.05 * t) ** 2 + y**2 < 0.1).float()
+    waves = 0.5 + 0.2 * torch.sin(9 * (x - 0.03 * t) + 3 * y)
+    return torch.stack([waves * (1 - disc) + disc, waves, waves * (1 - 0.5 * disc)], -1)
+
+
+class Network(nn.Module):
+    """Shift-tolerant AlexNet with random weights, put together from torch's own layers as its paper draws it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        widths = [
+            (3, 64, 11, 2),
+            (64, 192, 5, 2),
+            (192, 384, 3, 1),
+            (384, 256, 3, 1),
+            (256, 256, 3, 1),
+        ]
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, k, padding=p) for a, b, k, p in widths)
+        self.heads = nn.ModuleList(nn.Conv2d(b, 1, 1, bias=False) for _, b, _, _ in widths)
+        for head in self.heads:
+            head.weight.data.abs_()
+        row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0])
+        kernel = (row[:, None] * row / 256)[None, None]
+        self.blurs = nn.ModuleList()
+        for channels in (64, 64, 192):
+            blur = nn.Conv2d(
+                channels,
+                channels,
+                5,
+                stride=2,
+                padding=2,
+                padding_mode="reflect",
+                groups=channels,
+                bias=False,
+            )
+            blur.weight.data = kernel.repeat(channels, 1, 1, 1)
+            self.blurs.append(blur)
+        self.shift = torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None]
+        self.scale = torch.tensor([0.458, 0.448, 0.450])[None, :, None, None]
+
+    def stored(self):
+        names = {0: 0, 1: 5, 2: 9, 3: 11, 4: 13}
+        found = {"scaling_layer.shift": self.shift, "scaling_layer.scale": self.scale}
+        for i, number in names.items():
+            found[f"net.slice{i + 1}.{number}.weight"] = self.convolutions[i].weight.data
+            found[f"net.slice{i + 1}.{number}.bias"] = self.convolutions[i].bias.data
+            found[f"lin{i}.model.1.weight"] = self.heads[i].weight.data
+        for name, blur in zip(("slice1.1", "slice2.4", "slice3.8"), self.blurs, strict=True):
+            found[f"net.{name}.filt"] = blur.weight.data
+        return found
+
+    def features(self, x):
+        x = (x - self.shift) / self.scale
+        stages = [
+            lambda x: self.convolutions[0](x),
+            lambda x: self.convolutions[1](self.blurs[1](nn.MaxPool2d(3, 1)(x))),
+            lambda x: self.convolutions[2](self.blurs[2](nn.MaxPool2d(3, 1)(x))),
+            self.convolutions[3],
+            self.convolutions[4],
+        ]
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            x = nn.ReLU()(self.blurs[0](x) if i == 0 else x)
+            yield x
+
+    @torch.no_grad()
+    def forward(self, one, two):
+        total = 0
+        for a, b, head in zip(self.features(one), self.features(two), self.heads, strict=True):
+            a, b = (f / (f.norm(dim=1, keepdim=True) + 1e-10) for f in (a, b))
+            total = total + head((a - b) ** 2).mean(dim=(2, 3)).flatten()
+        return total
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "network.pth"
+    torch.save(Network().stored(), path)
+    return path
+
+
+def test_st_lpips_is_its_definition(moving, weights):
+    other = noisy(moving, 0.1)
+    expected = Network()(*(x.movedim(-1, 1) * 2 - 1 for x in (other, moving)))
+    found = st_lpips(other, moving, weights=weights, batch=2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def blurred(clip, radius):
+    frames = clip.movedim(-1, 1)
+    kernel = torch.ones(3, 1, 2 * radius + 1, 2 * radius + 1) / (2 * radius + 1) ** 2
+    return nn.functional.conv2d(frames, kernel, padding=radius, groups=3).movedim(1, -1)
+
+
+@pytest.mark.parametrize(
+    "distortions",
+    [
+        [lambda c: c] + [lambda c, s=s: noisy(c, s) for s in (0.02, 0.08, 0.3)],
+        [lambda c: c] + [lambda c, r=r: blurred(c, r) for r in (1, 3, 8)],
+        [lambda c: c] + [lambda c, s=s: (c + s).clamp(0, 1) for s in (0.02, 0.1, 0.4)],
+    ],
+    ids=["noise", "blur", "brightness"],
+)
+def test_known_distortions_order_as_they_should(moving, weights, distortions):
+    names = ("psnr", "ssim", "ms_ssim", "st_lpips")
+    found = [score(names, d(moving), moving, lpips_weights=weights).clip for d in distortions]
+    for name in names:
+        values = [f[name] for f in found]
+        assert values == sorted(values, reverse=METRICS[name].higher_is_better), name
+    assert found[0]["st_lpips"] == 0
+    assert math.isinf(found[0]["psnr"])
+
+
+def test_flicker_and_warping_error_tell_motion_from_flicker(moving):
+    """Motion is flicker to the one, and explained to the other; noise is neither's friend."""
+    clean = score(("flicker", "warping_error"), moving).clip
+    jittery = score(("flicker", "warping_error"), noisy(moving, 0.05)).clip
+    frozen = score(("flicker", "warping_error"), moving[:1].repeat(5, 1, 1, 1)).clip
+    assert frozen["flicker"] == 0
+    assert frozen["warping_error"] == pytest.approx(0, abs=1e-4)
+    assert clean["warping_error"] < 0.2 * clean["flicker"]
+    assert jittery["flicker"] > clean["flicker"] + 5
+    assert jittery["warping_error"] > 5 * clean["warping_error"]
+
+
+def test_flicker_is_in_levels_of_255():
+    clip = torch.zeros(3, 8, 8, 3)
+    clip[1] = 10 / 255
+    assert score(("flicker",), clip).frames["flicker"] == pytest.approx((10.0, 10.0))
+
+
+def test_a_shift_is_carried_back_exactly():
+    """A picture that moves by three pixels leaves no error but at its border."""
+    wide = torch.nn.functional.interpolate(
+        torch.rand(1, 3, 20, 30, generator=torch.Generator().manual_seed(0)), size=(80, 120), mode="bicubic"
+    ).clamp(0, 1)[0].movedim(0, -1)  # fmt: skip
+    clip = torch.stack([wide[:, i : i + 100] for i in (0, 3, 6)])
+    found = score(("flicker", "warping_error"), clip).clip
+    assert found["flicker"] > 10
+    assert found["warping_error"] < 1
+
+
+def test_large_frames_are_shrunk_for_the_flow():
+    clip = torch.rand(2, 300, 520, 3, generator=torch.Generator().manual_seed(0))
+    assert len(score(("warping_error",), clip).frames["warping_error"]) == 1
+
+
+def test_black_frames_have_every_metric(weights):
+    black = torch.zeros(3, 176, 176, 3)
+    found = score(COMPUTED, black, black, lpips_weights=weights)
+    assert math.isinf(found.clip["psnr"])
+    assert found.clip["ssim"] == pytest.approx(1)
+    assert found.clip["st_lpips"] == 0
+    assert found.clip["warping_error"] == 0
+    grey = score(COMPUTED, black, black + 0.5, lpips_weights=weights).clip
+    assert all(math.isfinite(v) for v in grey.values())
+
+
+def test_frames_have_as_many_values_as_the_metric_means(moving, weights):
+    found = score(COMPUTED, noisy(moving, 0.1), moving, lpips_weights=weights).frames
+    for name, curve in found.items():
+        assert len(curve) == (5 if METRICS[name].against_dense else 4)
+    alone = score(COMPUTED, moving)
+    assert set(alone.clip) == {"flicker", "warping_error"}
+
+
+def test_clips_of_other_lengths_are_refused_with_their_lengths(moving):
+    with pytest.raises(ValueError, match="they have 4 and 5 frames"):
+        score(("psnr",), moving[:4], moving)
+    with pytest.raises(ValueError, match="one shape"):
+        score(("psnr",), moving[:, :100], moving)
+
+
+def test_what_cannot_be_measured_is_noted_or_refused(monkeypatch):
+    names, notes = choose(None, (128, 128))
+    assert {"psnr", "ssim", "flicker", "warping_error"} <= set(names)
+    assert "ms_ssim" not in names
+    assert any(
+        n.startswith("MS-SSIM was not measured: MS-SSIM needs frames of at least 176")
+        for n in notes
+    )
+    with pytest.raises(ValueError, match="at least 176"):
+        choose(["ms_ssim"], (128, 400))
+    with pytest.raises(ValueError, match=r"unknown metric psnt; known: psnr"):
+        choose(["psnt"], None)
+    with pytest.raises(ValueError, match="one frame"):
+        choose(["flicker"], None, 1)
+    with pytest.raises(OSError, match="there is no file"):
+        choose(["st_lpips"], None, lpips_weights="nowhere.pth")
+    assert set(names) <= set(FRAME_METRICS)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lpips") is not None, reason="lpips is installed")
+def test_lpips_without_its_package_says_what_to_do(moving):
+    with pytest.raises(ImportError, match=r"pip install 'sparsediff\[lpips\]'.*use st_lpips"):
+        lpips(moving, moving)
+    with pytest.raises(ImportError, match="packages lpips and torchvision"):
+        choose(["lpips"], None)
+    assert any("LPIPS was not measured: the package lpips" in n for n in choose(None, None)[1])
+
+
+def test_lpips_agrees_with_itself(moving):
+    """Runs where the packages and AlexNet are at hand."""
+    pytest.importorskip("lpips")
+    try:
+        values = lpips(noisy(moving, 0.1), moving)
+    except (ImportError, OSError) as error:
+        pytest.skip(str(error))
+    assert lpips(moving, moving).abs().max() == 0
+    assert (values > 0).all()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("stlpips_pytorch") is not None, reason="weights are installed"
+)
+def test_st_lpips_without_weights_says_what_to_do(moving):
+    with pytest.raises(ImportError, match="pip install --no-deps stlpips-pytorch, or name a file"):
+        st_lpips(moving, moving)
