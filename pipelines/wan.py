@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from sparsediff.adapter import ModelAdapter
+from sparsediff.pipelines.latents import video_grid
 from sparsediff.token_grid import TokenGrid
 
 
@@ -21,12 +22,8 @@ class WanAdapter(ModelAdapter):
     attention = (("blocks", "attn1"),)
 
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
-        """`hidden_states [B, C, F, H, W]` in patches of `config.patch_size`."""
-        sizes = tuple(arguments["hidden_states"].shape[2:])
-        patch = model.config.patch_size
-        if any(n % p for n, p in zip(sizes, patch, strict=True)):
-            raise ValueError(f"latent video {sizes} is not a multiple of the patch {tuple(patch)}")
-        return TokenGrid.video(*(n // p for n, p in zip(sizes, patch, strict=True)))
+        """The latent video."""
+        return video_grid(model, arguments)
 
 
 class WanVACEAdapter(WanAdapter):
