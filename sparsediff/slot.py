@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparsediff.block_mask import BlockMask
 from sparsediff.kernels.block_bitmap import pack_mask
+from sparsediff.kernels.block_lists import Visits
 
 # Index lists are 32 times the bitmap: kept between steps only while they are small.
 LIST_CACHE_BYTES = 4 << 20
@@ -51,9 +52,13 @@ class MaskSlot:
         self.lists = mask if small else None
         return mask
 
-    def mask(self, block_size: tuple[int, int], tokens: int) -> BlockMask:
+    def mask(
+        self, block_size: tuple[int, int], tokens: int, visits: Visits = "descending"
+    ) -> BlockMask:
         """What is remembered, as lists."""
-        return self.lists or BlockMask.from_bitmap(self.bitmap, block_size, (tokens, tokens))
+        if self.lists is not None and visits == self.lists.visits:
+            return self.lists
+        return BlockMask.from_bitmap(self.bitmap, block_size, (tokens, tokens), visits=visits)
 
     @property
     def nbytes(self) -> int:

@@ -343,32 +343,40 @@ class RunState:
                 self._show(index, query, key, site.scale, dense_reason=reason)
             return out, None
         part, device = self.recorder.part, query.device
-        if choosing and order is not None and order.chosen_at_run_time:
+        threshold, visits = method.vote_threshold(site), method.visits(site)
+        forced = _forced(method, grid, device, order is not None)
+        q, k, v, mask = query, key, value, None
+        if choosing:
+            if order is not None:
+                if order.chosen_at_run_time:
+                    with part("mask", device):
+                        slot.heads = method.choose_windows(query, key, site, None)
+                q, k = order.apply(grid, query, key, heads=slot.heads)
             with part("mask", device):
-                slot.heads = method.choose_windows(query, key, site, None)
-        q, k, v = (query, key, value)
-        if order is not None:
-            q, k, v = order.apply(grid, query, key, value, heads=slot.heads)
-        forced = _forced(method, grid, query.device, order is not None)
-        with part("mask", device):
-            if choosing:
                 keep = method.keep_blocks(q, k, site, lse=slot.lse)
-                mask = slot.store(keep, forced, block_size, tokens)
+                mask = slot.store(
+                    keep, forced, block_size, tokens, want_mask=visits == "descending"
+                )
                 slot.refreshed_at = site.step
-            else:
-                mask = slot.mask(block_size, tokens)
-        threshold = method.vote_threshold(site)
-        # On the CPU reading the density costs nothing, and above break-even the exact result is also the faster one.
+        # On the CPU reading the density costs nothing, and above break-even the exact result is also the faster one:
+        # before the tokens that need not be moved have been.
         if (
             threshold is None
             and self.observer is None  # who measures wants to see what the method does
-            and query.device.type == "cpu"
+            and device.type == "cpu"
             and slot.density.mean() > CPU_BREAK_EVEN
         ):
             return (
                 None,
                 f"mask density above {CPU_BREAK_EVEN}, where dense attention is faster on a CPU",
             )
+        if order is not None and choosing:
+            (v,) = order.apply(grid, value, heads=slot.heads)
+        elif order is not None:
+            q, k, v = order.apply(grid, query, key, value, heads=slot.heads)
+        if mask is None or visits != "descending":
+            with part("mask", device):
+                mask = slot.mask(block_size, tokens, visits)
         if self.witness is not None:
             self._show(index, q, k, site.scale, bitmap=slot.bitmap, order=order, windows=slot.heads)
         density = slot.density

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,9 +17,11 @@ from torch import Tensor
 from sparsediff.block_mask import BlockMask, forced_blocks
 from sparsediff.calibration import Calibrator, Call, ModelLayout
 from sparsediff.kernels.attention import attend_blocks
+from sparsediff.kernels.block_lists import Visits
 from sparsediff.methods.base import AttentionSite, CalibratedMethod
 from sparsediff.token_grid import TokenGrid
 
+VisitingOrder = Literal["descending", "alternate", "centre-out"]
 Ranges = tuple[tuple[int, int], ...]  # [start, stop) in tokens of the sequence
 LOWEST, HIGHEST = -20.0, -0.01  # thresholds that a search looks between
 PROBES = 12
@@ -35,6 +37,11 @@ class LiteAttention(CalibratedMethod):
             Nearer 0 skips more.  (The paper writes the same as `-epsilon` in natural units: epsilon = 10 ln 2.)
         tile: `(query, key)` tokens.  The published Hopper kernel uses 128 x 176 at head size 128; a power of two is
             what our kernels run.
+        visiting_order: in which order a call visits the tiles of a query tile.  A tile is compared with those before it
+            alone, so what comes first is kept (the first always) and an early high maximum drops more of the rest:
+            "descending" (published) from the last key tile to the first, "alternate" (the authors' later code) turned
+            round at every step, "centre-out" (the radial order that the paper proposes) from the query's own place
+            outwards.  A ragged last tile comes first in each.
         must_keep: token ranges whose tiles are visited by every query and whose queries visit every tile; text is so
             without being named.  Ranges grow to whole tiles.
         must_skip: token ranges that no query attends to, from the first call on; they shrink to whole tiles.
@@ -57,6 +64,7 @@ class LiteAttention(CalibratedMethod):
 
     threshold: float = -10.0
     tile: tuple[int, int] = (128, 128)
+    visiting_order: VisitingOrder = "descending"
     must_keep: Ranges = ()
     must_skip: Ranges = ()
     error: float = 0.075
@@ -80,6 +88,12 @@ class LiteAttention(CalibratedMethod):
             tuple,
             lambda x: len(x) == 2 and all(isinstance(n, int) and n >= 16 for n in x),
             "two sizes >= 16, such as (128, 128)",
+        )
+        self._require(
+            "visiting_order",
+            str,
+            lambda x: x in get_args(VisitingOrder),
+            f"one of {', '.join(get_args(VisitingOrder))}",
         )
         for name in ("must_keep", "must_skip"):
             self._require(
@@ -105,16 +119,18 @@ class LiteAttention(CalibratedMethod):
         self, query: Tensor, key: Tensor, site: AttentionSite, *, lse: Tensor | None = None
     ) -> Tensor:
         """Everything but `must_skip`: the first call of a generation visits all tiles, later ones what its vote left."""
-        bq, bk = self.tile
-        rows, columns = -(-query.shape[1] // bq), -(-key.shape[1] // bk)
-        keep = torch.ones(query.shape[0], query.shape[2], rows, columns, dtype=torch.bool)
+        (batch, tokens, heads, _), (bq, bk) = query.shape, self.tile
+        columns = -(-key.shape[1] // bk)
+        shape, skipped = (batch, heads, -(-tokens // bq), columns), set()
+        keep = torch.ones(shape, dtype=torch.bool, device=query.device)
         for start, stop in self.must_skip:
             # A last tile is whole although it is short.
             last = columns if stop >= key.shape[1] else stop // bk
             keep[..., -(-start // bk) : last] = False
-        if not keep.any():
+            skipped.update(range(-(-start // bk), last))
+        if len(skipped) == columns:
             raise ValueError(f"must_skip={self.must_skip} leaves none of {key.shape[1]} tokens")
-        return keep.to(query.device)
+        return keep
 
     def always(self, grid: TokenGrid) -> Tensor | None:
         """`must_keep` as blocks, `bool [Mq, Nk]`, or None."""
@@ -135,6 +151,12 @@ class LiteAttention(CalibratedMethod):
         steps = len(self.calibration.tensors["thresholds"])
         at = site.step if site.num_steps is None else site.step * steps // site.num_steps
         return _thresholds(self.calibration)[min(at, steps - 1)][self.calibration.row(site.name)]
+
+    def visits(self, site: AttentionSite) -> Visits:
+        """`visiting_order` at this step."""
+        if self.visiting_order == "alternate":
+            return "ascending" if site.step % 2 else "descending"
+        return self.visiting_order
 
     def calibrator(self, layout: ModelLayout) -> Calibrator:
         """One pass: at every call the threshold whose skips change the output by as much as the step allows."""
@@ -176,7 +198,7 @@ class _LiteCalibrator(Calibrator):
         tokens = (call.query.shape[1], call.key.shape[1])
 
         def run(keep: Tensor, threshold: float | None = None):
-            mask = BlockMask.from_dense(keep, method.tile, tokens)
+            mask = BlockMask.from_dense(keep, method.tile, tokens, visits=method.visits(site))
             return attend_blocks(
                 call.query, call.key, call.value, mask, scale=call.scale, vote_threshold=threshold
             )

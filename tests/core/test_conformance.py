@@ -282,14 +282,33 @@ def test_draft_on_recorded_attention(recorded):
 # -- LiteAttention ------------------------------------------------------------------------------------------------
 
 
-def lite_vote(q, k, visited, tile, threshold, scale):
-    """`(vote, unsure)` of one head: tiles from the last to the first against the running maximum of each row."""
+def lite_walk(visiting_order, step, row, rows, tokens, tile):
+    """The tiles of a row as they are visited: a short last one before all others, whose place the order decides."""
+    columns = -(-tokens // tile)
+    short = [columns - 1] if tokens % tile else []
+    others = [j for j in range(columns) if j not in short]
+    if visiting_order == "centre-out":
+        # The tile at the row's share of the sequence, then to the right and to the left of it in turns.
+        here = min((2 * row + 1) * columns // (2 * rows), max(others, default=0))
+        sides = [others[:here][::-1], others[here + 1 :]]
+        walk = others[here : here + 1]
+        while any(sides):
+            walk += [side.pop(0) for side in reversed(sides) if side]
+        return short + walk
+    backwards = visiting_order == "descending" or step % 2 == 0
+    return short + (others[::-1] if backwards else others)
+
+
+def lite_vote(q, k, visited, tile, threshold, scale, visiting_order="descending", step=0):
+    """`(vote, unsure)` of one head: the tiles one after another against the running maximum of each row."""
     bq, bk = tile
     vote, unsure = torch.zeros_like(visited), torch.zeros_like(visited)
     for i in range(visited.shape[0]):
         rows = q[i * bq : (i + 1) * bq].double()
         running = torch.full((rows.shape[0],), -math.inf, dtype=torch.float64)
-        for j in reversed(visited[i].nonzero()[:, 0].tolist()):
+        for j in lite_walk(visiting_order, step, i, len(visited), len(k), bk):
+            if not visited[i, j]:
+                continue
             best = (rows @ k[j * bk : (j + 1) * bk].double().T * scale).amax(-1)
             above = ((best - running) / math.log(2) - threshold).max().item()
             vote[i, j], unsure[i, j] = above > 0, abs(above) <= 1e-5
@@ -297,49 +316,58 @@ def lite_vote(q, k, visited, tile, threshold, scale):
     return vote, unsure
 
 
+orders = st.sampled_from(["descending", "alternate", "centre-out"])
+
+
 @SLOW
 @given(
     st.integers(1, 150),
     st.tuples(st.sampled_from([16, 32]), st.sampled_from([16, 32, 48])),
     st.floats(-12, -0.5),
+    orders,
     st.integers(0, 2**31),
 )
-def test_lite_attention_shrinks_by_its_vote_and_never_grows(tokens, tile, threshold, seed):
+def test_lite_attention_shrinks_by_its_vote_and_never_grows(tokens, tile, threshold, order, seed):
     """Four steps of one generation in which queries and keys drift."""
     grid = TokenGrid.video(1, 1, tokens)
-    method = LiteAttention(threshold=threshold, tile=tile)
+    method = LiteAttention(threshold=threshold, tile=tile, visiting_order=order)
     q, k = draw_queries(grid, 2, 2, seed)
     keep = method.keep_blocks(q, k, site(grid))
     assert keep.all()
     for step in range(4):
         g = torch.Generator().manual_seed(seed + step)
         q, k = (x + 0.3 * torch.randn(x.shape, generator=g) for x in (q, k))
-        mask = BlockMask.from_dense(keep, tile, (tokens, tokens))
-        limit = method.vote_threshold(site(grid, step=step))
+        here = site(grid, step=step)
+        mask = BlockMask.from_dense(keep, tile, (tokens, tokens), visits=method.visits(here))
+        limit = method.vote_threshold(here)
         following = attend_blocks(q, k, q, mask, vote_threshold=limit).vote
         assert (following <= keep).all(), "a skipped tile came back"
         for b in range(2):
             for h in range(2):
-                vote, unsure = lite_vote(q[b, :, h], k[b, :, h], keep[b, h], tile, threshold, 0.25)
+                head = (q[b, :, h], k[b, :, h], keep[b, h], tile, threshold, 0.25, order, step)
+                vote, unsure = lite_vote(*head)
                 assert (following[b, h] == vote)[~unsure].all()
-                for before, after in zip(keep[b, h], following[b, h], strict=True):
-                    assert after[before.nonzero().max()], "the first visited tile was dropped"
+                for i, (before, after) in enumerate(zip(keep[b, h], following[b, h], strict=True)):
+                    walk = lite_walk(order, step, i, len(keep[b, h]), tokens, tile[1])
+                    first = next(j for j in walk if before[j])
+                    assert after[first], "the first visited tile was dropped"
         keep = following
 
 
-def test_lite_attention_on_recorded_attention(recorded):
+@pytest.mark.parametrize("order", ["descending", "alternate", "centre-out"])
+def test_lite_attention_on_recorded_attention(recorded, order):
     for call in recorded:
         tokens, tile = call.query.shape[1], (64, 64)
-        keep = LiteAttention(tile=tile).keep_blocks(call.query, call.key, call.site)
-        mask = BlockMask.from_dense(keep, tile, (tokens, tokens))
+        method = LiteAttention(tile=tile, visiting_order=order)
+        keep = method.keep_blocks(call.query, call.key, call.site)
+        mask = BlockMask.from_dense(keep, tile, (tokens, tokens), visits=method.visits(call.site))
         for threshold in (-10.0, -3.0, -1.0):
             got = attend_blocks(
                 call.query, call.key, call.value, mask, scale=call.scale, vote_threshold=threshold
             ).vote
             for h in range(call.query.shape[2]):
-                vote, unsure = lite_vote(
-                    call.query[0, :, h], call.key[0, :, h], keep[0, h], tile, threshold, call.scale
-                )
+                head = (call.query[0, :, h], call.key[0, :, h], keep[0, h], tile, threshold)
+                vote, unsure = lite_vote(*head, call.scale, order, call.site.step)
                 assert (got[0, h] == vote)[~unsure].all()
 
 

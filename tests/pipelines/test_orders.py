@@ -1,13 +1,15 @@
 """Token orders that differ by head and by layer, through a real Wan pipeline at a tiny random size."""
 
+import contextlib
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import pytest
 import torch
 
 import sparsediff
-from sparsediff import Schedule, Segment, TokenGrid, TokenOrder
+from sparsediff import LiteAttention, Schedule, Segment, TokenGrid, TokenOrder, state, token_grid
 from sparsediff.kernels.block_scores import block_mass
 from sparsediff.methods import Method
 from sparsediff.pipelines.wan import WanAdapter
@@ -94,6 +96,66 @@ def test_heads_choose_in_their_own_order(pipe):
         generate(pipe)
         kept = masks(handle)
     assert not torch.equal(kept[0][:, 0], kept[0][:, 1])
+
+
+def test_above_break_even_a_cpu_does_not_move_tokens(monkeypatch):
+    """What runs dense leaves the tokens where they are; choosing blocks takes queries and keys alone."""
+    moved, real = [], token_grid.gather_tokens
+
+    def count(tensors, *rest):
+        moved.append(len(tensors))
+        return real(tensors, *rest)
+
+    monkeypatch.setattr(token_grid, "gather_tokens", count)
+    for above, expected in ((0.0, [2] * 4), (1.2, [2, 1, 1] * 4 + [3, 1] * 8)):
+        pipe = random_wan_pipeline()
+        moved.clear()
+        with sparsediff.enable(pipe, PerHead(above=above), schedule=Schedule()) as handle:
+            with maybe_dense(above == 0.0):
+                generate(pipe)
+            density = handle.report().density
+        # Two layers in two branches choose at the first of three steps.
+        assert moved == expected
+        assert (density == 1.0) == (above == 0.0)
+
+
+def maybe_dense(expected):
+    """That running dense is said to the user, where it is expected."""
+    if expected:
+        return pytest.warns(RuntimeWarning, match="mask density above 0.65")
+    return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("descending", ["descending"] * 3),
+        ("alternate", ["descending", "ascending", "descending"]),
+        ("centre-out", ["centre-out"] * 3),
+    ],
+)
+def test_blocks_are_visited_in_the_order_asked_for(pipe, monkeypatch, order, expected):
+    """In every call, the first of a generation as well; a mask only ever shrinks."""
+    seen, real = [], state.run_backend
+
+    def look(name, query, key, value, mask, **options):
+        seen.append((mask.visits, mask.to_dense(), mask.kv_indices, mask.kv_num_blocks))
+        return real(name, query, key, value, mask, **options)
+
+    monkeypatch.setattr(state, "run_backend", look)
+    method = LiteAttention(threshold=-1.0, tile=(64, 64), visiting_order=order)
+    with sparsediff.enable(pipe, method, schedule=Schedule()):
+        generate(pipe)
+    calls = [seen[i : i + 4] for i in range(0, 12, 4)]  # two branches of two layers a step
+    assert [{visits for visits, *_ in step} for step in calls] == [{e} for e in expected]
+    for before, after in pairwise(calls):
+        assert all((new[1] <= old[1]).all() for old, new in zip(before, after, strict=True))
+    assert not calls[-1][0][1].all(), "something is to be skipped"
+    for step, visits in zip(calls, expected, strict=True):
+        _, _, lists, counts = step[0]
+        kept = lists[0, 0, 0, : counts[0, 0, 0]].tolist()
+        first = {"descending": max(kept), "ascending": min(kept), "centre-out": 0}
+        assert kept[-1] == first[visits]
 
 
 def test_tokens_outside_the_grid_are_exact_in_every_head(pipe, monkeypatch):
