@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparsediff.calibration import Calibration, Calibrator, Call, ModelLayout
 from sparsediff.methods import CalibratedMethod, Method, build_method
+from sparsediff.progress import step_bar
 from sparsediff.report import RunReport
 
 PARTIAL = "partial.pt"
@@ -135,7 +136,7 @@ def calibrate(
                     )
                 return watched.attend(call)
 
-            with _step_bar(pipe, shown=progress), watch(pipe, attend, method=method) as handle:
+            with step_bar(pipe, shown=progress), watch(pipe, attend, method=method) as handle:
                 generator = torch.Generator("cpu").manual_seed(seed + i)
                 pipe(prompt=prompts[i], generator=generator, output_type="latent", **(call or {}))
                 report = handle.report()
@@ -235,21 +236,6 @@ def _saying_what_is_kept(work: _Work, total: int, say: Callable[[str], None]) ->
         raise
 
 
-@contextlib.contextmanager
-def _step_bar(pipe: object, *, shown: bool) -> Iterator[None]:
-    """The pipeline's own bar over its steps, below that over generations while it runs."""
-    before = getattr(pipe, "_progress_bar_config", None)
-    ours = {"disable": not shown, "leave": False, "desc": "  steps"}
-    pipe.set_progress_bar_config(**{**(before or {}), **ours})
-    try:
-        yield
-    finally:
-        if before is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = before
-
-
 def _fingerprint(
     pipe: object,
     method: Method,
@@ -264,8 +250,8 @@ def _fingerprint(
     scheduler = getattr(pipe, "scheduler", None)
     parts = {
         "method": str(method),
-        "model": (_model_name(pipe), layout),
-        "weights or dtype": _weights(pipe, layout),
+        "model": (model_name(pipe), layout),
+        "weights or dtype": weight_marks(pipe, layout),
         "scheduler": (type(scheduler).__name__, dict(getattr(scheduler, "config", {}))),
         "device": pipe._execution_device.type,
         "prompts": list(prompts),
@@ -276,7 +262,7 @@ def _fingerprint(
     return {name: hashlib.sha256(repr(part).encode()).hexdigest() for name, part in parts.items()}
 
 
-def _weights(pipe: object, layout: ModelLayout) -> list[tuple]:
+def weight_marks(pipe: object, layout: ModelLayout) -> list[tuple]:
     """Type and shape of every parameter of the transformers, and the sum of its first entries where it holds any."""
     marks = []
     for name in layout.transformers:
@@ -289,7 +275,8 @@ def _weights(pipe: object, layout: ModelLayout) -> list[tuple]:
     return marks
 
 
-def _model_name(pipe: object) -> str:
+def model_name(pipe: object) -> str:
+    """Where it was loaded from, else its class."""
     return str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)
 
 
@@ -300,7 +287,7 @@ def _provenance(pipe: object, prompts: Sequence[str], seed: int, call: dict | No
 
     parameter = next(pipe.transformer.parameters())
     return {
-        "model": _model_name(pipe),
+        "model": model_name(pipe),
         "prompts": len(prompts),
         "prompts_sha256": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         "seed": seed,

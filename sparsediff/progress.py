@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
+from collections.abc import Iterator
 
 import torch
 
@@ -14,6 +16,21 @@ def show_density(bar: object, recorder: Recorder) -> object:
     if not getattr(bar, "disable", False) and hasattr(bar, "set_postfix_str"):
         bar.update = _Update(bar, recorder)
     return bar
+
+
+@contextlib.contextmanager
+def step_bar(pipe: object, *, shown: bool) -> Iterator[None]:
+    """The pipeline's own bar over its steps, below a bar over generations while it runs, or no bar at all."""
+    before = getattr(pipe, "_progress_bar_config", None)
+    ours = {"disable": not shown, "leave": False, "desc": "  steps"}
+    pipe.set_progress_bar_config(**{**(before or {}), **ours})
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = before
 
 
 class _Update:

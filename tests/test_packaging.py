@@ -61,6 +61,8 @@ def test_the_wheel_holds_every_module_and_weight(tmp_path):
     expected |= {
         f"sparsediff/{p.relative_to(ROOT)}" for p in (ROOT / "kernels/configs").glob("*.json")
     }
+    data = [*(ROOT / "eval/suites").glob("*.json"), *(ROOT / "eval/report_assets").glob("*")]
+    expected |= {f"sparsediff/{p.relative_to(ROOT)}" for p in data}
     weights = ROOT / "pipelines/tiny/weights"
     expected |= {f"sparsediff/{p.relative_to(ROOT)}" for p in weights.rglob("*") if p.is_file()}
     assert shipped == expected | {"sparsediff/py.typed"}
