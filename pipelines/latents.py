@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -19,11 +19,24 @@ def video_grid(
     Raises:
         ValueError: the latent video is no whole number of patches.
     """
-    sizes = tuple(arguments["hidden_states"].shape[2:])
     patch = model.config.patch_size
     if isinstance(patch, int):
         patch = (getattr(model.config, "patch_size_t", None) or 1, patch, patch)
+    sizes = arguments["hidden_states"].shape[2:]
+    return patched(sizes, patch, text=text, text_first=text_first)
+
+
+def patched(
+    sizes: Sequence[int], patch: Sequence[int], *, text: int = 0, text_first: bool = False
+) -> TokenGrid:
+    """A latent video of `sizes` (frames, height, width) in patches, in one sequence with `text` tokens.
+
+    Raises:
+        ValueError: the latent video is no whole number of patches.
+    """
     if any(n % p for n, p in zip(sizes, patch, strict=True)):
-        raise ValueError(f"latent video {sizes} is not a multiple of the patch {tuple(patch)}")
+        raise ValueError(
+            f"latent video {tuple(sizes)} is not a multiple of the patch {tuple(patch)}"
+        )
     shape = (n // p for n, p in zip(sizes, patch, strict=True))
     return TokenGrid.video(*shape, text=text, text_first=text_first)

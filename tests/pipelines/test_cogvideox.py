@@ -96,5 +96,7 @@ def test_a_grid_that_the_patch_does_not_divide_is_named(pipe):
         "hidden_states": torch.zeros(1, 5, 16, 9, 16),
         "encoder_hidden_states": torch.zeros(1, 40, 128),
     }
-    with pytest.raises(ValueError, match="9x16 are not a multiple of the patch 2"):
+    with pytest.raises(
+        ValueError, match=r"\(5, 9, 16\) is not a multiple of the patch \(1, 2, 2\)"
+    ):
         adapter.token_grid(pipe.transformer, arguments)
