@@ -6,7 +6,7 @@ OUT    ?= out
 # Under a CPU interpreter Triton kernels run without a GPU; a CUDA machine compiles them.
 INTERPRET := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 0 || echo 1)
 
-.PHONY: setup run test gpu lint fmt wheel check clean
+.PHONY: setup run test browser gpu lint fmt wheel check clean
 
 setup: $(VENV)/.installed
 
@@ -19,7 +19,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 run: setup
 	$(BIN)/sparsediff compare --out $(OUT)
 
-test: setup
+# Pages are tested in Chromium.  Without one, root gets Debian's; anybody else is told, and those tests skip.
+browser:
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+	  command -v $$name >/dev/null 2>&1 && exit 0; \
+	done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
+	  echo "installing Chromium for the tests of pages"; \
+	  { apt-get update -qq && apt-get install -y -qq chromium fonts-dejavu-core; } >/dev/null 2>&1 && exit 0; \
+	fi; \
+	echo "no Chromium: tests of pages will skip. Install it (Debian: apt-get install chromium fonts-dejavu-core) to run them."
+
+test: setup browser
 	# One thread a worker: two workers of two threads on two cores wait for each other.
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=$(INTERPRET) $(BIN)/python -m pytest -m "not gpu" -n auto --maxprocesses 8 $(ARGS)
 

@@ -1,0 +1,271 @@
+"""The sentences of the report: what it says at a glance, and what to bear in mind."""
+
+from __future__ import annotations
+
+import shlex
+
+from sparsediff.eval.metric_names import METRICS
+from sparsediff.eval.report_figures import headline_metric, is_faster
+from sparsediff.eval.results import Results
+from sparsediff.eval.stats import FEW, Estimate
+from sparsediff.eval.summary import PSNR_CAP, ArmSummary
+
+# What differences of video clips look like at a PSNR, from that many decibels on: a rule of thumb, and said to be one.
+EYES = (
+    (40.0, "the eye hardly finds a difference at that"),
+    (30.0, "differences at that show side by side, hardly alone"),
+    (25.0, "that is the same scene with visible differences"),
+    (float("-inf"), "that is a visibly different clip"),
+)
+DECIMALS = {"psnr": 1}
+
+
+def page_words(
+    results: Results, summaries: tuple[ArmSummary, ...], *, focus: str, notes: list[str]
+) -> dict[str, object]:
+    """Headline, tiles, badges, checks, caveats, environment and how to do it again."""
+    chosen = next(s for s in summaries if s.arm == focus)
+    first = results.arms[0]
+    checks = _checks(results)
+    return {
+        "title": f"{first.model}: sparse attention against dense",
+        "kicker": f"sparsediff evaluation · {first.model} · suite {first.suite} {first.suite_version}",
+        "headline": [_headline(chosen, results)],
+        "lede": " ".join(_lede(chosen, summaries)),
+        "badges": _badges(results, chosen, checks),
+        "tiles": _tiles(chosen),
+        "tableNote": "Small figures are 95 % bootstrap intervals over prompts, clip against dense clip; the forecast comes "
+        "from operation counts. Bold is the best method of a column.",
+        "checks": checks,
+        "caveats": _caveats(results, summaries, notes),
+        "environment": _environment(results),
+        "reproduce": reproduce(results),
+        "footer": f"Made by sparsediff {first.environment.get('sparsediff', '')} from {first.created[:10] or 'undated'} results. "
+        "This file needs no network.",
+    }
+
+
+def _headline(arm: ArmSummary, results: Results) -> str:
+    if arm.role == "dense" or results.dense is None:
+        return (
+            "Only dense clips so far: add a method to compare with."
+            if arm.role == "dense"
+            else "There is no dense arm to compare with: these are densities and times alone."
+        )
+    quality = _quality(arm)
+    speed = arm.denoiser_speedup
+    if speed is None:
+        return (
+            f"{arm.label} {quality}."
+            if quality
+            else f"{arm.label} ran at density {arm.density.mean:.2f}."
+        )
+    if is_faster(arm):
+        return (
+            f"{arm.label} makes the denoiser {speed.mean:.2f} times as fast as dense attention"
+            + (f" and {quality}." if quality else ".")
+        )
+    slower = (
+        f"takes {1 / speed.mean:.2f} times as long as dense"
+        if speed.mean < 0.995
+        else "is as fast as dense"
+    )
+    if speed.mean >= 1.005:
+        slower = f"is {speed.mean:.2f} times as fast as dense, within chance,"
+    return f"No method is reliably faster here: {arm.label}, the closest, {slower}" + (
+        f" and {quality}." if quality else "."
+    )
+
+
+def _quality(arm: ArmSummary) -> str:
+    name = headline_metric([arm])
+    if arm.clips and arm.identical == arm.clips:
+        return "gives identical clips"
+    if name is None:
+        return ""
+    value, metric = format_metric(name, arm.metrics[name].mean), METRICS[name]
+    if name == "psnr":
+        return f"stays within {value} PSNR of it"
+    return f"is at {metric.label} {value} to it"
+
+
+def _lede(arm: ArmSummary, summaries: tuple[ArmSummary, ...]) -> list[str]:
+    said = []
+    if arm.role == "sparse" and "psnr" in arm.metrics and arm.identical < arm.clips:
+        mean = arm.metrics["psnr"].mean
+        said.append(f"As a rule of thumb, {next(text for least, text in EYES if mean >= least)}.")
+    floor = next((s for s in summaries if s.role == "random" and "psnr" in s.metrics), None)
+    if floor is not None:
+        said.append(
+            f"Blocks drawn at random reach {format_metric('psnr', floor.metrics['psnr'].mean)} at density "
+            f"{floor.density.mean:.2f}."
+        )
+    rivals = [s for s in summaries if s.role == "sparse" and s.denoiser_speedup is not None]
+    fastest = max(rivals, key=lambda s: s.denoiser_speedup.mean, default=None)
+    if fastest is not None and fastest.arm != arm.arm and is_faster(fastest):
+        quality = _quality(fastest)
+        said.append(
+            f"Fastest is {fastest.label}: {fastest.denoiser_speedup.mean:.2f} times as fast"
+            + (f"; it {quality}." if quality else ".")
+        )
+    said.append(
+        "Watch the clips below: figures say how far a clip is from the dense one, not how good it is."
+    )
+    return said
+
+
+def _tiles(arm: ArmSummary) -> list[dict[str, str]]:
+    if arm.role == "dense":
+        return []
+    tiles = []
+
+    def add(label: str, value: Estimate | None, text: str, unit: str, interval: str) -> None:
+        if value is not None:
+            tiles.append({"label": label, "value": text, "unit": unit, "note": interval})
+
+    for label, value in (("Denoiser", arm.denoiser_speedup), ("Whole call", arm.speedup)):
+        if value is not None:
+            add(label, value, f"{value.mean:.2f}", "x dense", _interval(value, 2))
+    names = [n for n in METRICS if n in arm.metrics and METRICS[n].against_dense][:3]
+    for name in names:
+        value, metric = arm.metrics[name], METRICS[name]
+        same = name == "psnr" and arm.identical == arm.clips
+        text = "identical" if same else f"{value.mean:.{DECIMALS.get(name, 3)}f}"
+        better = "more is better" if metric.higher_is_better else "less is better"
+        note = "" if same else _interval(value, DECIMALS.get(name, 3)) or better
+        add(f"{metric.label} to dense", value, text, "" if same else metric.unit, note)
+    add("Density", arm.density, f"{arm.density.mean:.3f}", "", "of dense attention, all steps")
+    return tiles
+
+
+def _interval(value: Estimate, decimals: int) -> str:
+    if value.low is None:
+        return f"one prompt, {value.clips} clip{'s' * (value.clips > 1)}"
+    return f"{value.low:.{decimals}f} to {value.high:.{decimals}f} ({value.n} prompts)"
+
+
+def _badges(
+    results: Results, arm: ArmSummary, checks: list[dict[str, object]]
+) -> list[dict[str, str]]:
+    failed = sum(check["passed"] is False for check in checks)
+    passed = sum(check["passed"] is True for check in checks)
+    badges = []
+    if failed:
+        badges.append(
+            {
+                "text": f"{failed} self-check{'s' * (failed > 1)} failed: do not trust these figures yet",
+                "kind": "bad",
+                "href": "#checks",
+            }
+        )
+    elif passed:
+        badges.append({"text": f"{passed} self-checks passed", "kind": "good", "href": "#checks"})
+    n = arm.density.n
+    badges.append(
+        {
+            "text": f"{n} prompt{'s' * (n > 1)}, {arm.clips} clip{'s' * (arm.clips > 1)} an arm",
+            "kind": "",
+        }
+    )
+    if device := results.arms[0].environment.get("device"):
+        badges.append({"text": device, "kind": ""})
+    return badges
+
+
+def _checks(results: Results) -> list[dict[str, object]]:
+    """Failures first; what several arms say alike is said once."""
+    found: dict[tuple, list[str]] = {}
+    for arm in results.arms:
+        for check in arm.checks:
+            found.setdefault((check.name, check.passed, check.detail), []).append(arm.label)
+    order = {False: 0, None: 1, True: 2}
+    return [
+        {"name": name, "passed": passed, "detail": detail, "arms": arms}
+        for (name, passed, detail), arms in sorted(found.items(), key=lambda x: order[x[0][1]])
+    ]
+
+
+def _caveats(results: Results, summaries: tuple[ArmSummary, ...], notes: list[str]) -> list[str]:
+    prompts = summaries[0].density.n
+    said = list(notes)
+    if prompts == 1:
+        said.append(
+            "One prompt is an anecdote: there is no interval, and another prompt may say the opposite."
+        )
+    elif prompts < FEW:
+        said.append(
+            f"{prompts} prompts are few: a bootstrap interval over fewer than {FEW} is narrower than the truth."
+        )
+    said.append(
+        "PSNR, SSIM and LPIPS compare with the dense clip of the same seed. A clip can differ from it and be as good, or be "
+        "close and have lost what matters."
+    )
+    if any(s.identical for s in summaries):
+        said.append(f"In means, the infinite PSNR of identical clips counts as {PSNR_CAP:.0f} dB.")
+    device = results.arms[0].environment.get("device", "")
+    gpu = any(word in device.lower() for word in ("nvidia", "geforce", "tesla", "rtx"))
+    if device and not gpu:
+        said.append(
+            f"Times are of this device ({device}) and this size; on another device both can turn round."
+        )
+    if len({tuple(sorted(arm.environment.items())) for arm in results.arms}) > 1:
+        said.append(
+            "The arms were not all measured in the same environment; their times do not compare."
+        )
+    if len({arm.git_hash for arm in results.arms}) > 1:
+        said.append("The arms were measured with different versions of the code.")
+    counts = {s.arm: s.clips for s in summaries}
+    if len(set(counts.values())) > 1:
+        said.append(
+            "Not all arms are complete: "
+            + ", ".join(f"{arm} {n}" for arm, n in counts.items())
+            + " clips."
+        )
+    said += dict.fromkeys(note for arm in results.arms for note in arm.notes)
+    return said
+
+
+def _environment(results: Results) -> list[list[str]]:
+    first = results.arms[0]
+    rows = {"model": first.model + (f" @ {first.revision}" if first.revision else "")}
+    rows |= {
+        k: ", ".join(map(str, v)) if isinstance(v, list | tuple) else str(v)
+        for k, v in first.layout.items()
+    }
+    rows |= {f"call: {k}": str(v) for k, v in first.call.items()}
+    rows |= {k: str(v) for k, v in first.configuration.items()}
+    rows |= first.environment
+    rows |= {"commit": first.git_hash, "measured": first.created}
+    for arm in results.others:
+        if arm.method:
+            settings = ", ".join(f"{k}={v!r}" for k, v in arm.parameters.items())
+            rows[arm.label] = f"{arm.method}({settings}); {arm.schedule}"
+    return [[name, value] for name, value in rows.items() if value]
+
+
+def reproduce(results: Results) -> dict[str, str]:
+    """A command and lines of Python that measure the same again."""
+    first = results.arms[0]
+    arms = [
+        _arm_argument(arm.method, arm.parameters) for arm in results.arms if arm.role == "sparse"
+    ]
+    command = ["sparsediff", "eval", "run", "--model", first.model, "--suite", first.suite]
+    for arm in arms:
+        command += ["--arm", arm]
+    command += ["--out", "report"]
+    python = (
+        "from sparsediff.eval.report import write_report\n"
+        f"write_report({str(results.folder.name)!r})   # this page again, from the results"
+    )
+    return {"command": shlex.join(command), "python": python}
+
+
+def _arm_argument(method: str, parameters: dict[str, object]) -> str:
+    settings = ",".join(f"{k}={v}" for k, v in parameters.items())
+    return f"{method}:{settings}" if settings else method
+
+
+def format_metric(name: str, value: float) -> str:
+    """With its unit, and as many places as mean something."""
+    unit = METRICS[name].unit
+    return f"{value:.{DECIMALS.get(name, 3)}f}" + (f" {unit}" if unit else "")
