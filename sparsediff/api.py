@@ -12,7 +12,7 @@ from torch import nn
 
 from sparsediff.adapter import ADAPTERS, adapter_for
 from sparsediff.calibration import Calibration, ModelLayout
-from sparsediff.clock import Clock
+from sparsediff.clock import Clock, check_step_count
 from sparsediff.kernels.attention import DTYPES, select_backend
 from sparsediff.methods import METHODS, CalibratedMethod, Method, build_method
 from sparsediff.patch import PipelinePatch, TransformerPatch, handle_of
@@ -32,6 +32,7 @@ def enable(
     schedule: Schedule | None = None,
     calibration: Calibration | str | Path | None = None,
     on_unsupported: Literal["raise", "dense"] = "raise",
+    num_steps: int | None = None,
     **method_params: object,
 ) -> Handle:
     """Make a diffusers pipeline attend sparsely, from its next call on.
@@ -52,6 +53,8 @@ def enable(
             repository of the Hugging Face hub.
         on_unsupported: what to do with a transformer or layer that cannot run sparse: raise here, or leave it dense
             and say so in the report.
+        num_steps: steps of every generation, for a bare transformer in a denoising loop of your own; a pipeline tells
+            itself.  `handle.begin_generation` can say another number for one generation.
         method_params: the method's parameters, under the paper's names.
 
     Returns:
@@ -68,8 +71,10 @@ def enable(
         raise TypeError(f"schedule must be a sparsediff.Schedule, got {type(schedule).__name__}")
     if on_unsupported not in ("raise", "dense"):
         raise ValueError(f"on_unsupported must be 'raise' or 'dense', got {on_unsupported!r}")
+    if num_steps is not None:
+        check_step_count(num_steps)
     schedule = schedule or method.default_schedule()
-    return _enable(pipe_or_transformer, method, schedule, on_unsupported)
+    return _enable(pipe_or_transformer, method, schedule, on_unsupported, num_steps=num_steps)
 
 
 def _enable(
@@ -78,13 +83,11 @@ def _enable(
     schedule: Schedule,
     on_unsupported: str,
     observer: Observer | None = None,
+    num_steps: int | None = None,
 ) -> Handle:
     pipe, transformers = _transformers(target)
-    if pipe is None and schedule.needs_step_count:
-        raise ValueError(
-            "dense_steps as a fraction needs the number of steps, which a bare transformer does not know; enable the "
-            "pipeline, or use dense_above_sigma or a whole number"
-        )
+    if pipe is None and num_steps is None:
+        _require_no_step_count(method, schedule)
     supported, unsupported = _split(transformers, method, on_unsupported)
     if supported and isinstance(method, CalibratedMethod) and method.calibration is not None:
         method.calibration.check_model(_layout(supported))
@@ -94,13 +97,27 @@ def _enable(
             former._release(model)
     if pipe is not None and (former := handle_of(pipe)) is not None:
         former.disable()
-    handle = Handle(method, schedule, Clock(pipe), unsupported)
+    handle = Handle(method, schedule, Clock(pipe, num_steps), unsupported)
     try:
         handle._patch(pipe, supported, observer)
     except BaseException:
         handle.disable()
         raise
     return handle
+
+
+def _require_no_step_count(method: Method, schedule: Schedule) -> None:
+    """Refuse for a bare transformer what would fail, or wait for ever, in the run."""
+    fix = "enable the pipeline, or say enable(transformer, ..., num_steps=50)"
+    if schedule.needs_step_count:
+        raise ValueError(
+            f"dense_steps={schedule.dense_steps} is a fraction of a number of steps that a bare transformer does not "
+            f"know; {fix}, or use dense_above_sigma or a whole number"
+        )
+    if method.needs_step_count:
+        raise ValueError(
+            f"{method.name} acts at shares of a number of steps that a bare transformer does not know; {fix}"
+        )
 
 
 def watch(
@@ -247,7 +264,12 @@ class Handle:
         """Tell a denoising loop of your own that a new generation of `num_steps` steps starts.
 
         Pipelines need no call: their scheduler tells.
+
+        Raises:
+            ValueError: not a whole number of steps.
         """
+        if num_steps is not None:
+            check_step_count(num_steps)
         self._clock.begin_generation(num_steps)
 
     def disable(self) -> None:

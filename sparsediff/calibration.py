@@ -293,8 +293,8 @@ def step_bin(step: int, num_steps: int | None, bins: int) -> int:
     """
     if num_steps is None:
         raise ValueError(
-            "a calibrated method must know the number of steps: enable the pipeline instead of the bare transformer, "
-            "or call handle.begin_generation(num_steps)"
+            "a calibrated method must know the number of steps: call the pipeline, or in a loop of your own "
+            "handle.begin_generation(num_steps)"
         )
     return min(bins - 1, step * bins // max(1, num_steps))
 

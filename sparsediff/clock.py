@@ -36,7 +36,8 @@ class Clock:
     timestep and without a named branch, cannot be told apart: `begin_generation` separates them.
     """
 
-    def __init__(self, pipe: object | None) -> None:
+    def __init__(self, pipe: object | None, num_steps: int | None = None) -> None:
+        self._num_steps = num_steps  # of every generation, where no pipeline tells
         self._pipe = weakref.ref(pipe) if pipe is not None else lambda: None
         self._run: object = None  # the open run, if there is one
         self._timesteps: Tensor | None = None  # of the open run, by identity
@@ -64,6 +65,7 @@ class Clock:
 
     def begin_generation(self, num_steps: int | None = None) -> None:
         """Say that a new generation of `num_steps` steps starts; only custom denoising loops need to."""
+        num_steps = self._num_steps if num_steps is None else num_steps
         self.tick = Tick(self.tick.generation + 1, 0, num_steps, None)
         self._last_value, self._current, self._promised = None, None, num_steps
         self._ended = False
@@ -138,6 +140,16 @@ class Clock:
         self._last_value = value
         sigma = None if value is None else noise_level(scheduler, value)
         return Tick(self.tick.generation, self.tick.step + moved, self._promised, sigma)
+
+
+def check_step_count(num_steps: object) -> None:
+    """Refuse what is no number of denoising steps.
+
+    Raises:
+        ValueError: the message names the value.
+    """
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps must be a whole number >= 1, got {num_steps!r}")
 
 
 def _nearest(values: list[float], timestep: Tensor) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsediff.kernels.token_order import gather_tokens
 
-Role = Literal["grid", "text", "image", "audio", "pad"]
+Role = Literal["grid", "prompt", "text", "image", "audio", "pad"]
 AXES = "FHW"
 Window = (
     tuple[int, int, int] | str
@@ -56,9 +56,14 @@ class TokenGrid:
 
     Sizes are in latent tokens (after the autoencoder and the patch embedding), never pixels.  Hashable: it is the
     key under which masks and permutations are cached.
+
+    Attributes:
+        segments: what the keys are.
+        queries: the last so many tokens ask, where a model reads the others from a cache; None if all do.
     """
 
     segments: tuple[Segment, ...]
+    queries: int | None = None
 
     def __post_init__(self) -> None:
         grids = [s for s in self.segments if s.role == "grid"]
@@ -66,6 +71,8 @@ class TokenGrid:
             raise ValueError(f"a TokenGrid has exactly one grid segment, got {len(grids)}")
         if not grids[0].length:
             raise ValueError(f"the grid must hold at least one token, got {grids[0].shape}")
+        if self.queries is not None and not 0 < self.queries <= self.num_tokens:
+            raise ValueError(f"queries must be 1 to {self.num_tokens} tokens, got {self.queries}")
 
     @classmethod
     def video(
@@ -78,10 +85,22 @@ class TokenGrid:
         words = Segment(role="text", length=text)
         return cls((words, grid) if text_first else (grid, words))
 
+    @classmethod
+    def line(cls, prompt: int, generation: int, *, queries: int | None = None) -> TokenGrid:
+        """What a language model reads and what it writes: one row of `generation` tokens after the `prompt`."""
+        words = Segment(role="prompt", length=prompt)
+        written = Segment(role="grid", length=generation, shape=(1, 1, generation))
+        return cls((words, written) if prompt else (written,), queries)
+
     @property
     def num_tokens(self) -> int:
         """Tokens of the whole sequence, whatever their role."""
         return sum(s.length for s in self.segments)
+
+    @property
+    def num_queries(self) -> int:
+        """Tokens that ask: all of them, unless `queries` says otherwise."""
+        return self.num_tokens if self.queries is None else self.queries
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -125,11 +144,17 @@ class TokenGrid:
         return out
 
     def __str__(self) -> str:
+        line = any(s.role == "prompt" for s in self.segments) or self.shape[:2] == (1, 1)
         parts = (
-            "x".join(map(str, s.shape)) if s.shape else f"{s.length} {s.role}"
+            f"{s.length} generated"
+            if s.shape and line
+            else "x".join(map(str, s.shape))
+            if s.shape
+            else f"{s.length} {s.role}"
             for s in self.segments
         )
-        return " + ".join(parts)
+        asking = "" if self.queries is None else f", the last {self.queries} asking"
+        return " + ".join(parts) + asking
 
 
 @dataclass(frozen=True)
@@ -157,7 +182,7 @@ class TokenOrder:
             raise ValueError("windows needs at least one (frames, height, width) entry")
         for window in self.windows:
             axes = isinstance(window, str)
-            if sorted(window) != sorted(AXES) if axes else len(window) != 3 or min(window) < 1:
+            if sorted(window) != sorted(AXES) if axes else not _is_box(window):
                 raise ValueError(
                     "a window is three sizes >= 1 (frames, height, width) or an order of the axes such as 'HWF', "
                     f"got {window!r}"
@@ -240,6 +265,11 @@ def _permutations(
 @functools.lru_cache(maxsize=256)
 def _head_rows(heads: tuple[int, ...] | None, device: str) -> Tensor | None:
     return None if heads is None else torch.tensor(heads, dtype=torch.int32, device=device)
+
+
+def _is_box(window: object) -> bool:
+    sizes = window if isinstance(window, tuple | list) else ()
+    return len(sizes) == 3 and all(isinstance(n, int) and n >= 1 for n in sizes)
 
 
 def _window_walk(shape: tuple[int, int, int], window: Window) -> Tensor:

@@ -39,6 +39,7 @@ class AdaSpa(Method):
 
     name: ClassVar[str] = "adaspa"
     summary: ClassVar[str] = "exact block mass searched online at two steps, budgets by head"
+    needs_video: ClassVar[str] = "ranks the blocks of frames and keeps all else"
     citation: ClassVar[str] = "arXiv:2502.21079"
 
     sparsity: float = 0.8
@@ -68,6 +69,11 @@ class AdaSpa(Method):
         """For a second search."""
         return len(self.search) > 1
 
+    @property
+    def needs_step_count(self) -> bool:
+        """Later searches come at shares of the steps."""
+        return len(self.search) > 1
+
     def block_size(self, grid: TokenGrid) -> tuple[int, int]:
         """Square blocks."""
         return (self.block, self.block)
@@ -85,7 +91,9 @@ class AdaSpa(Method):
     ) -> Tensor:
         """The heaviest blocks of each row of video; text columns are the caller's to add."""
         lse = None if lse is None else lse.float()
-        mass = block_mass(query, key, (self.block,) * 2, scale=site.scale, lse=lse)
+        mass = block_mass(
+            query, key, (self.block,) * 2, scale=site.scale, lse=lse, kv_lengths=site.kv_lengths
+        )
         video, density = site.grid.whole_blocks(self.block), 1.0 - self.sparsity
         visual = mass[..., video, video]
         keep = torch.zeros_like(mass, dtype=torch.bool)

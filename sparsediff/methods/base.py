@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -30,6 +31,8 @@ class AttentionSite:
         scale: of the logits, where the model's differs from `1 / sqrt(D)`.
         branch: classifier-free guidance branch (`"cond"`, `"uncond"`, ... as the pipeline names it).
         grid: the tokens of this call.
+        kv_lengths: `int32 [B]`, keys at or past it are padding and take no part; None if there is none.
+        visible: `bool [B|1, H|1, Mq, Nk]`, the blocks that the model's own mask shows; None if it shows all.
     """
 
     layer: int
@@ -39,9 +42,11 @@ class AttentionSite:
     sigma: float | None
     branch: str
     grid: TokenGrid
+    visible: Tensor | None = field(default=None, repr=False, compare=False)
     next_sigma: float | None = None
     scale: float | None = None
     name: str = ""
+    kv_lengths: Tensor | None = field(default=None, compare=False, repr=False)
 
     def passed(self, shares: Sequence[float], since: int) -> bool:
         """Whether one of these shares of the steps has come after step `since`; not if nobody knows how many there are."""
@@ -69,12 +74,19 @@ class Method(ABC):
     summary: ClassVar[str]
     citation: ClassVar[str]
 
+    # What the method needs of a video, in words that follow its name; empty if any sequence will do.
+    needs_video: ClassVar[str] = ""
     # Whether the last dense step of the schedule already chooses the blocks of the next one.
     looks_ahead: ClassVar[bool] = False
     # The attention kernel, by name; "auto" takes the best exact one.
     backend: ClassVar[str] = "auto"
     # Whether the log-sum-exp of the first search is kept for later ones.
     keeps_lse: ClassVar[bool] = False
+
+    @property
+    def needs_step_count(self) -> bool:
+        """Whether it must know how many steps a generation has, which a bare transformer cannot tell."""
+        return False
 
     @abstractmethod
     def block_size(self, grid: TokenGrid) -> tuple[int, int]:
@@ -90,6 +102,18 @@ class Method(ABC):
         this call (after a dense search) or of an earlier one (`keeps_lse`).  Must not read anything back to the
         host.  The caller adds what must stay: text rows and columns.  A row without any block gives zeros.
         """
+
+    def for_text(self) -> Method:
+        """What runs in place of the method on a language model: itself, if it can.
+
+        Raises:
+            ValueError: it cannot; the message says why, and what can.
+        """
+        if self.needs_video:
+            raise ValueError(
+                f"{self.name} {self.needs_video}, and a language model has no video; use 'sparse_d'"
+            )
+        return self
 
     def refreshes(self, site: AttentionSite, last_refresh: int | None) -> bool:
         """Whether to call `keep_blocks` now; `last_refresh` is the step of the last time in this generation."""
@@ -142,10 +166,11 @@ class Method(ABC):
         accept: Callable[[object], bool] | None = None,
         what: str | None = None,
     ) -> None:
-        """Refuse a field whose type or value is not `what`; a bool is no number."""
+        """Refuse a field whose type or value is not `what`; a bool is no number, nor is what is not finite."""
         value = getattr(self, name)
         kinds = (int, float) if kind is float else (kind,)
         fits = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
+        fits = fits and _is_finite(value)
         if not fits or (accept is not None and not accept(value)):
             what = what or ("True or False" if kind is bool else f"of type {kind.__name__}")
             raise ValueError(f"{name} must be {what}, got {value!r}")
@@ -173,6 +198,11 @@ class CalibratedMethod(Method):
     tensor_names: ClassVar[tuple[str, ...]] = ()
 
     calibration: Calibration | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def needs_step_count(self) -> bool:
+        """What was measured belongs to places in a run."""
+        return self.calibration is not None
 
     @abstractmethod
     def calibrator(self, layout: ModelLayout) -> Calibrator:
@@ -227,3 +257,9 @@ class StaticMethod(CalibratedMethod):
     def _bin(self, step: int, site: AttentionSite) -> int:
         bins = len(self.calibration.tensors[self.tensor_names[-1]])
         return step_bin(step, site.num_steps, bins)
+
+
+def _is_finite(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import sparsediff
 from sparsediff import Auto, LiteAttention, Schedule
@@ -24,7 +25,8 @@ def processors(pipe):
 def test_the_signature_is_the_promised_one():
     parameters = inspect.signature(sparsediff.enable).parameters
     assert list(parameters) == [
-        "pipe_or_transformer", "method", "schedule", "calibration", "on_unsupported", "method_params",
+        "pipe_or_transformer", "method", "schedule", "calibration", "on_unsupported", "num_steps",
+        "method_params",
     ]  # fmt: skip
     assert parameters["method"].default == "auto"
     assert parameters["on_unsupported"].default == "raise"
@@ -94,9 +96,47 @@ def test_a_refused_change_keeps_the_running_settings(pipe):
 
 
 def test_a_fraction_of_steps_needs_a_pipeline(pipe):
-    with pytest.raises(ValueError, match="dense_above_sigma"):
+    with pytest.raises(
+        ValueError, match=r"enable the pipeline, .*num_steps=50.* dense_above_sigma"
+    ):
         sparsediff.enable(pipe.transformer, schedule=Schedule(dense_steps=0.2))
     sparsediff.enable(pipe.transformer, schedule=Schedule(dense_steps=2)).disable()
+    sparsediff.enable(pipe.transformer, schedule=Schedule(dense_steps=0.2), num_steps=5).disable()
+
+
+@pytest.mark.parametrize(
+    "method", [sparsediff.AdaSpa(), sparsediff.Custom(refresh=(0.2, 0.6))], ids=lambda m: m.name
+)
+def test_acting_at_shares_of_the_steps_needs_a_pipeline_or_their_number(pipe, method):
+    model, schedule = pipe.transformer, Schedule(dense_steps=1)
+    with pytest.raises(ValueError, match=rf"{method.name} acts at shares .*num_steps=50"):
+        sparsediff.enable(model, method, schedule=schedule)
+    assert not model._forward_pre_hooks
+    sparsediff.enable(pipe, method, schedule=schedule).disable()
+    sparsediff.enable(model, sparsediff.AdaSpa(search=(0.2,)), schedule=schedule).disable()
+    sparsediff.enable(model, sparsediff.Custom(refresh=3), schedule=schedule).disable()
+    call = torch.randn(1, 16, 5, 16, 16), torch.zeros(1, 16, 32)
+    with sparsediff.enable(model, method, schedule=schedule, num_steps=5) as handle:
+        for _ in range(2):
+            for t in (900.0, 700.0, 500.0, 300.0, 100.0):
+                with torch.no_grad():
+                    model(call[0], torch.tensor([t]), call[1])
+            report = handle.report()
+            assert report.num_steps == 5, "every generation, not the first alone"
+            assert [s.step for s in report.steps] == [0, 1, 2, 3, 4]
+        searched = handle.states[0]._slots.popitem()[1][0].refreshed_at
+    assert searched == 3, "the second search, at 0.6 of the steps"
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.0, True, "9"])
+def test_what_is_no_number_of_steps_is_refused(pipe, steps):
+    with pytest.raises(ValueError, match=rf"num_steps must be a whole number >= 1, got {steps!r}"):
+        sparsediff.enable(pipe.transformer, num_steps=steps)
+    with (
+        sparsediff.enable(pipe.transformer) as handle,
+        pytest.raises(ValueError, match="num_steps"),
+    ):
+        handle.begin_generation(steps)
 
 
 def test_the_wrapper_has_the_signature_of_what_it_wraps(pipe):

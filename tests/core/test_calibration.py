@@ -226,7 +226,7 @@ def test_bins_share_a_run_evenly():
     assert [step_bin(s, 8, 4) for s in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [step_bin(s, 2, 4) for s in range(2)] == [0, 2]
     assert step_bin(7, 4, 4) == 3
-    with pytest.raises(ValueError, match=r"call handle.begin_generation\(num_steps\)"):
+    with pytest.raises(ValueError, match=r"handle.begin_generation\(num_steps\)"):
         step_bin(0, None, 4)
 
 

@@ -205,6 +205,29 @@ def test_impossible_parameters_are_refused(make, message):
         make()
 
 
+def _bad_numbers():
+    """Every number of every method's parameters, set to what is no number; those in tuples too."""
+    for name, cls in METHODS.items():
+        method = cls()
+        examples = {"costs": (1.0,) * 5, "refresh": (0.5,), "windows": ((1, 8, 8),)}
+        for field in method.parameters():
+            value = getattr(method, field)
+            value = examples.get(field, value)
+            for bad in (math.nan, math.inf, -math.inf):
+                if isinstance(value, tuple) and value:
+                    inside = value[0]
+                    nested = (bad, *inside[1:]) if isinstance(inside, tuple) else bad
+                    yield name, field, (nested, *value[1:])
+                if field != "windows" and not isinstance(value, str | bool):
+                    yield name, field, bad
+
+
+@pytest.mark.parametrize(("name", "field", "bad"), list(_bad_numbers()))
+def test_what_is_not_finite_is_refused_everywhere(name, field, bad):
+    with pytest.raises(ValueError, match=rf"{field}|a window is three sizes"):
+        build_method(name, **{field: bad})
+
+
 def test_parameters_beside_a_ready_method_are_refused():
     with pytest.raises(TypeError, match="already configured"):
         build_method(LiteAttention(), threshold=-3.0)

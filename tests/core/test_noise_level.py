@@ -165,7 +165,7 @@ def test_auto_keeps_a_sensible_share_of_the_steps_dense_on_all_of_them(name, ste
     assert dense == sorted(dense, reverse=True), "a prefix"
     share = sum(dense) / len(dense)
     # Linear betas and Karras' sigmas up to 700 do spend up to half of their steps on nearly pure noise.
-    assert 0.1 <= share <= 0.5
+    assert 0.15 <= share <= 0.5
     draft = sum(dense_steps(DraftAttention().default_schedule(), levels)) / len(levels)
     assert share <= draft
     assert draft >= 0.25

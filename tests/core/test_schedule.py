@@ -1,5 +1,7 @@
 """When to stay dense."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,6 +61,15 @@ def test_a_fraction_of_an_unknown_number_of_steps_stays_dense_and_says_why():
         ({"dense_steps": "all"}, "count"),
         ({"dense_above_sigma": 925}, r"in \[0, 1\]"),
         ({"dense_above_sigma": "0.9"}, "must be a number"),
+        ({"dense_above_sigma": True}, "must be a number"),
+        ({"dense_above_sigma": -math.inf}, r"in \[0, 1\]"),
+        ({"dense_above_sigma": math.nan}, r"dense_above_sigma must be in \[0, 1\], got nan"),
+        ({"dense_steps": math.nan}, r"in \[0, 1\], got nan"),
+        ({"dense_steps": math.inf}, r"in \[0, 1\], got inf"),
+        ({"min_dense_share": math.nan}, r"min_dense_share must be in \[0, 1\]"),
+        ({"min_dense_share": 2}, r"min_dense_share must be in \[0, 1\]"),
+        ({"min_dense_share": None}, "min_dense_share must be a number"),
+        ({"dense_layers": math.inf}, "count"),
         ({"dense_layers": -2}, ">= 0"),
         ({"dense_layers": 0.5}, "count"),
     ],

@@ -415,14 +415,30 @@ def test_prompts_of_two_sizes_are_refused(monkeypatch):
 def test_a_bare_transformer_cannot_know_its_steps(measured):
     calibration, _ = measured[METHODS[0]]
     model = random_wan_pipeline().transformer
-    with sparsediff.enable(model, METHODS[0], calibration=calibration) as handle:
-        x = torch.randn(1, 16, 5, 16, 16, generator=torch.Generator().manual_seed(0))
-        call = (x, torch.tensor([500.0]), torch.zeros(1, 16, 32))
+    for method in METHODS:
+        measured_, _ = measured[method]
+        with pytest.raises(ValueError, match=rf"{method.name} acts at shares .*num_steps=50"):
+            sparsediff.enable(model, method, calibration=measured_)
+        assert not model._forward_pre_hooks
+    sparsediff.enable(model, "lite_attention").disable()  # without a calibration it counts nothing
+    x = torch.randn(1, 16, 5, 16, 16, generator=torch.Generator().manual_seed(0))
+    with sparsediff.enable(model, METHODS[0], calibration=calibration, num_steps=3) as handle:
+        with torch.no_grad():
+            model(x, torch.tensor([500.0]), torch.zeros(1, 16, 32))
+        assert handle.report().density < 1
+        assert handle.report().num_steps == 3
+
+
+def test_a_loop_of_ones_own_over_an_enabled_pipeline_says_its_steps(measured):
+    calibration, _ = measured[METHODS[0]]
+    pipe = random_wan_pipeline()
+    call = torch.randn(1, 16, 5, 16, 16), torch.tensor([500.0]), torch.zeros(1, 16, 32)
+    with sparsediff.enable(pipe, METHODS[0], calibration=calibration) as handle:
         with torch.no_grad(), pytest.raises(ValueError, match=r"handle\.begin_generation"):
-            model(*call)
+            pipe.transformer(*call)
         handle.begin_generation(3)
         with torch.no_grad():
-            model(*call)
+            pipe.transformer(*call)
         assert handle.report().density < 1
 
 

@@ -59,4 +59,4 @@ def test_auto_keeps_its_prefix_under_every_scheduler(name, monkeypatch):
     assert [s.dense_share == 1 for s in steps] == [i < dense for i in range(12)]
     assert [s.sigma for s in steps] == noise_levels(pipe.scheduler)
     assert steps[0].sigma == pytest.approx(start, abs=0.005)
-    assert handle.schedule == Schedule(dense_above_sigma=0.95, min_dense_share=0.1)
+    assert handle.schedule == Schedule(dense_above_sigma=0.95, min_dense_share=0.15)
