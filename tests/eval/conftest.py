@@ -149,3 +149,9 @@ def _clip(folder, arm, index, prompt, seed, density, speed, psnr, videos):
 def results_folder(tmp_path):
     """Two prompts, four arms, with videos."""
     return make_results(tmp_path / "results")
+
+
+@pytest.fixture(scope="session")
+def make_results_folder():
+    """`make_results`, for folders of other prompts and arms."""
+    return make_results
