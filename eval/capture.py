@@ -182,7 +182,7 @@ class _Recorder:
             return None
         tokens = call.query.shape[1]
         query, key = (x[:, :, list(heads)] for x in (call.query, call.key))
-        mass = block_mass(query, key, call.block_size, scale=call.scale)
+        mass = block_mass(query, key, call.block_size, scale=call.scale, kv_lengths=call.kv_lengths)
         rows, _ = block_areas(call.block_size, (tokens, tokens), mass.device)
         return (mass / rows[:, None]).half().cpu()
 

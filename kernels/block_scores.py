@@ -75,6 +75,7 @@ def block_mass(
     *,
     scale: float | None = None,
     lse: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
     chunk_bytes: int = 256 << 20,
 ) -> Tensor:
     """Exact softmax mass of every block, summed over its query rows: `float32 [B, H, Mq, Nk]`.
@@ -86,6 +87,7 @@ def block_mass(
         scale: of the logits; `1 / sqrt(D)` unless given.
         lse: `float32 [B, H, Sq]` from an earlier dense pass; saves finding it again.  Rows where it is -inf
             contribute nothing.
+        kv_lengths: `int32 [B]`; keys at or past it have no mass.
         chunk_bytes: temporaries stay under this (one query block against all keys of one head is the least); the
             portable CUDA kernel needs none, the Hopper kernel 1 to 2 MB for every 1000 keys without `lse`.
 
@@ -96,10 +98,20 @@ def block_mass(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     call = (query.device, query.dtype, query.shape[-1], tuple(block_size))
     if query.is_cuda and not _why_not_triton(*call):
-        run = block_mass_triton if _why_not_gluon(*call) else block_mass_gluon
-        return run(query, key, block_size, scale=scale, lse=lse)
+        # The Hopper kernel takes no lengths.
+        if kv_lengths is None and not _why_not_gluon(*call):
+            return block_mass_gluon(query, key, block_size, scale=scale, lse=lse)
+        return block_mass_triton(
+            query, key, block_size, scale=scale, lse=lse, kv_lengths=kv_lengths
+        )
     return block_mass_reference(
-        query, key, block_size, scale=scale, lse=lse, chunk_bytes=chunk_bytes
+        query,
+        key,
+        block_size,
+        scale=scale,
+        lse=lse,
+        kv_lengths=kv_lengths,
+        chunk_bytes=chunk_bytes,
     )
 
 
@@ -134,6 +146,7 @@ def block_mass_triton(
     *,
     scale: float,
     lse: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
 ) -> Tensor:
     """`block_mass` by the attention kernel without its values: one pass, and one before it to find `lse`."""
     from sparsediff.kernels._block_sparse_triton import launch, pick_tile
@@ -143,10 +156,20 @@ def block_mass_triton(
     tile = pick_tile(query, mask)
     if lse is None:
         lse = torch.empty(batch, heads, seq_q, device=query.device)
-        launch(query, key, None, mask, scale=scale, tile=tile, lse=lse)
+        launch(query, key, None, mask, scale=scale, tile=tile, lse=lse, kv_lengths=kv_lengths)
     planes = block_size[0] // tile.block_m
     mass = torch.zeros(planes, batch, heads, *mask.num_blocks, device=query.device)
-    launch(query, key, None, mask, scale=scale, tile=tile, mass=mass, lse_prev=lse)
+    launch(
+        query,
+        key,
+        None,
+        mask,
+        scale=scale,
+        tile=tile,
+        mass=mass,
+        lse_prev=lse,
+        kv_lengths=kv_lengths,
+    )
     return mass[0] if planes == 1 else mass.sum(0)
 
 
@@ -157,6 +180,7 @@ def block_mass_reference(
     *,
     scale: float,
     lse: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
     chunk_bytes: int = 256 << 20,
 ) -> Tensor:
     """`block_mass` in plain torch, a chunk of query blocks of one head at a time."""
@@ -168,12 +192,15 @@ def block_mass_reference(
     # Scores, their exponentials and one head's keys in float32.
     rows_bytes = 2 * bq * nk * bk * 4
     step = max(1, (chunk_bytes - seq_k * dim * 4) // rows_bytes)
+    places = torch.arange(seq_k, device=query.device)
     for b in range(batch):
         for h in range(heads):
             k = key[b, :, h].float().mT
             for start in range(0, mq, step):
                 rows = slice(start * bq, (start + step) * bq)
                 scores = query[b, rows, h].float().mul(scale) @ k
+                if kv_lengths is not None:
+                    scores.masked_fill_(places >= kv_lengths[b], -torch.inf)
                 own = scores.logsumexp(-1) if lse is None else lse[b, h, rows]
                 own = own.masked_fill(own == -torch.inf, torch.inf)
                 weights = scores.sub_(own[:, None]).exp_()

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from sparsediff.padding import PaddingMask
 from sparsediff.processor import SparseProcessor, unwrapped, wrap_processor
 from sparsediff.schedule import Schedule
 from sparsediff.sdpa import CaughtForward
@@ -21,6 +22,7 @@ ADAPTERS = {
     "CogVideoXTransformer3DModel": "sparsediff.pipelines.cogvideox:CogVideoXAdapter",
     "Flux2Transformer2DModel": "sparsediff.pipelines.flux2:Flux2Adapter",
     "FluxTransformer2DModel": "sparsediff.pipelines.flux:FluxAdapter",
+    "HunyuanVideoTransformer3DModel": "sparsediff.pipelines.hunyuan_video:HunyuanVideoAdapter",
     "QwenImageTransformer2DModel": "sparsediff.pipelines.qwen_image:QwenImageAdapter",
     "WanTransformer3DModel": "sparsediff.pipelines.wan:WanAdapter",
     "WanVACETransformer3DModel": "sparsediff.pipelines.wan:WanVACEAdapter",
@@ -56,6 +58,13 @@ class ModelAdapter(ABC):
     # Stock processor classes that make one attention call over the whole sequence, by `dispatch_attention_fn` or by
     # `scaled_dot_product_attention`.
     processors: frozenset[str] = frozenset()
+
+    # What the attention masks of eligible calls are: None (all run dense, for `mask_reason`), or padding outside the grid
+    # and nothing else, `"keys"` or `"pairs"` (`sparsediff.padding.valid_keys`).
+    padding_mask: ClassVar[PaddingMask | None] = None
+    # Whether that padding is always the end of the sequence.
+    pads_last: ClassVar[bool] = False
+    mask_reason: ClassVar[str] = "an attention mask that this adapter does not understand"
 
     # Where the eligible modules are, in execution order: (list of blocks, name within a block).
     attention: ClassVar[tuple[tuple[str, str], ...]] = ()

@@ -17,7 +17,7 @@ import functools
 import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from sparsediff.calibration import Call
 from sparsediff.clock import Clock, Tick
 from sparsediff.kernels.attention import CPU_BREAK_EVEN, DTYPES, run_backend, select_backend
 from sparsediff.methods import AttentionSite, Method
+from sparsediff.padding import Packing, pack_padding, valid_keys
 from sparsediff.processor import STATES
 from sparsediff.recorder import Recorder
 from sparsediff.schedule import UNKNOWN_STEPS, Schedule
@@ -215,40 +216,73 @@ class RunState:
             site = self._site(index, scale)
             reason = self.schedule.dense_reason(site)
             warn = reason == UNKNOWN_STEPS
-            if self.observer is not None:
-                if reason is not None and not self._looks_ahead(site):
-                    self._record_dense(index, reason, warn=warn)
-
-                def sparse() -> tuple[Tensor, bool]:
-                    out, why = self._attend(index, site, query, key, value, reason)
-                    if out is None:
-                        self._record_dense(index, why, warn=True)
-                        out = dense()
-                    return out, self.recorder.calls[-1].density is not None
-
-                choose = sparse if reason is None or self._looks_ahead(site) else None
-                return self.observer(Call(site, query, key, value, dense, choose))
-            if reason is None or self._looks_ahead(site):
-                out, why = self._attend(index, site, query, key, value, reason)
+            choosing = reason is None or self._looks_ahead(site)
+            if choosing or self.observer is not None:
+                packing = self._packing(site.grid, attn_mask, len(query))
+                site = replace(site, grid=packing.grid, kv_lengths=packing.lengths)
+                packed = packing.pack(query, key, value)
+                if self.observer is not None:
+                    if not choosing:
+                        self._record_dense(index, reason, warn=warn)
+                    out = self._observe(
+                        index, site, *packed, lambda: packing.pack(dense())[0], reason, choosing
+                    )
+                    return packing.unpack(out)
+                out, why = self._attend(index, site, *packed, reason)
                 if out is not None:
-                    return out
+                    return packing.unpack(out)
                 reason, warn = why, True
         self._record_dense(index, reason, warn=warn)
         if self.witness is not None:
             self._show(index, query, key, scale, dense_reason=reason)
         return dense()
 
+    def _observe(
+        self,
+        index: int,
+        site: AttentionSite,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        dense: Callable[[], Tensor],
+        reason: str | None,
+        choosing: bool,
+    ) -> Tensor:
+        """What the observer makes of a call; `reason` says why the schedule has it dense."""
+
+        def sparse() -> tuple[Tensor, bool]:
+            out, why = self._attend(index, site, query, key, value, reason)
+            if out is None:
+                self._record_dense(index, why, warn=True)
+                out = dense()
+            return out, self.recorder.calls[-1].density is not None
+
+        return self.observer(Call(site, query, key, value, dense, sparse if choosing else None))
+
+    def _packing(self, grid: TokenGrid, attn_mask: Tensor | None, batch: int) -> Packing:
+        """What hides the keys that a mask hides; `_dense_reason` has understood the mask."""
+        if attn_mask is None:
+            return Packing(grid=grid)
+        valid = valid_keys(attn_mask, self.adapter.padding_mask)
+        return pack_padding(grid, valid, batch, last=self.adapter.pads_last)
+
     def _record_dense(self, index: int, reason: str, *, warn: bool) -> None:
         step = self._forward.tick.step if self._forward else 0
         self.recorder.dense(self.layers[index], step, reason, warn=warn)
 
     def _show(
-        self, index: int, query: Tensor, key: Tensor, scale: float | None, **seen: object
+        self,
+        index: int,
+        query: Tensor,
+        key: Tensor,
+        scale: float | None,
+        grid: TokenGrid | None = None,
+        **seen: object,
     ) -> None:
         """Tell the witness of a call; `seen` are the fields of `WitnessedCall` that only some calls have."""
         forward = self._forward
         tick = forward.tick if forward else None
-        grid = forward.grid if forward else None
+        grid = grid or (forward.grid if forward else None)
         self.witness(
             WitnessedCall(
                 generation=tick.generation if tick else None,
@@ -275,8 +309,9 @@ class RunState:
             return "called outside the transformer's forward"
         if forward.grid is None:
             return forward.problem
-        if attn_mask is not None:
-            return "an attention mask that this adapter does not understand"
+        kind = self.adapter.padding_mask
+        if attn_mask is not None and (kind is None or valid_keys(attn_mask, kind) is None):
+            return self.adapter.mask_reason
         if is_causal:
             return "causal attention"
         if query.dtype not in DTYPES:
@@ -340,10 +375,20 @@ class RunState:
             reason = dense_reason or "search: blocks are chosen from exact attention"
             self._record_dense(index, reason, warn=False)
             if self.witness is not None:
-                self._show(index, query, key, site.scale, dense_reason=reason)
+                self._show(
+                    index,
+                    query,
+                    key,
+                    site.scale,
+                    grid,
+                    kv_lengths=site.kv_lengths,
+                    dense_reason=reason,
+                )
             return out, None
         part, device = self.recorder.part, query.device
-        threshold, visits = method.vote_threshold(site), method.visits(site)
+        # Padding is hidden behind a length, which kernels take with ascending lists only.
+        visits = "descending" if site.kv_lengths is not None else method.visits(site)
+        threshold = method.vote_threshold(site)
         forced = _forced(method, grid, device, order is not None)
         q, k, v, mask = query, key, value, None
         if choosing:
@@ -378,10 +423,27 @@ class RunState:
             with part("mask", device):
                 mask = slot.mask(block_size, tokens, visits)
         if self.witness is not None:
-            self._show(index, q, k, site.scale, bitmap=slot.bitmap, order=order, windows=slot.heads)
+            self._show(
+                index,
+                q,
+                k,
+                site.scale,
+                grid,
+                kv_lengths=site.kv_lengths,
+                bitmap=slot.bitmap,
+                order=order,
+                windows=slot.heads,
+            )
         density = slot.density
         result = run_backend(
-            backend.name, q, k, v, mask, scale=_scale(site, query), vote_threshold=threshold
+            backend.name,
+            q,
+            k,
+            v,
+            mask,
+            scale=_scale(site, query),
+            kv_lengths=site.kv_lengths,
+            vote_threshold=threshold,
         )
         if threshold is not None:
             # A vote names only blocks that were visited: with what is forced it is the next mask.
@@ -407,7 +469,14 @@ class RunState:
         block_size = method.block_size(grid)
         everything = _everything(block_size, tokens, query.device)
         result = run_backend(
-            backend, query, key, value, everything, scale=_scale(site, query), want_lse=True
+            backend,
+            query,
+            key,
+            value,
+            everything,
+            scale=_scale(site, query),
+            kv_lengths=site.kv_lengths,
+            want_lse=True,
         )
         q, k, lse = query, key, result.lse
         if order is not None:

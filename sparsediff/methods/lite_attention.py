@@ -196,11 +196,19 @@ class _LiteCalibrator(Calibrator):
         if key not in self.masks:
             self.masks[key] = method.keep_blocks(call.query, call.key, site)
         tokens = (call.query.shape[1], call.key.shape[1])
+        # Padding is hidden behind a length, which kernels take with ascending lists only.
+        visits = "descending" if site.kv_lengths is not None else method.visits(site)
 
         def run(keep: Tensor, threshold: float | None = None):
-            mask = BlockMask.from_dense(keep, method.tile, tokens, visits=method.visits(site))
+            mask = BlockMask.from_dense(keep, method.tile, tokens, visits=visits)
             return attend_blocks(
-                call.query, call.key, call.value, mask, scale=call.scale, vote_threshold=threshold
+                call.query,
+                call.key,
+                call.value,
+                mask,
+                scale=call.scale,
+                kv_lengths=site.kv_lengths,
+                vote_threshold=threshold,
             )
 
         now = self.masks[key]

@@ -159,13 +159,19 @@ class _PAROCalibrator(Calibrator):
         blocks = (stop - start) // block  # whole ones
         stride = max(1, blocks // method.sampled_blocks)
         chosen = torch.arange(call.site.step % stride, blocks, stride, device=call.query.device)
-        keys = call.key.float().permute(0, 2, 3, 1)
+        keys, lengths = call.key.float().permute(0, 2, 3, 1), call.site.kv_lengths
+        hidden = None
+        if lengths is not None:
+            places = torch.arange(keys.shape[-1], device=keys.device)
+            hidden = (places >= lengths[:, None])[:, None, None]
         for i, axes in enumerate(ORDERS):
             walk = (
                 TokenOrder((axes,)).permutation(grid, call.query.device)[0, : blocks * block].long()
             )
             tokens = walk.view(blocks, block)[chosen].flatten()
             logits = call.query[:, tokens].float().transpose(1, 2) @ keys * call.scale
+            if hidden is not None:
+                logits = logits.masked_fill(hidden, -torch.inf)
             weights = logits.softmax(-1)[..., walk]
             dense, incoherence = concentration(
                 weights, block, method.epsilon / call.key.shape[1], method.sigma
@@ -177,7 +183,11 @@ class _PAROCalibrator(Calibrator):
         size = (self.method.block,) * 2
         order = TokenOrder(ORDERS, tuple(self.orders[row].tolist()))
         query, key = order.apply(call.site.grid, call.query, call.key)
-        mass = block_mass(query, key, size, scale=call.scale).mean(0).cpu()
+        mass = (
+            block_mass(query, key, size, scale=call.scale, kv_lengths=call.site.kv_lengths)
+            .mean(0)
+            .cpu()
+        )
         where = f"{step_bin(call.site.step, call.site.num_steps, self.method.bins)} {row}"
         self.mass[where] = self.mass[where] + mass if where in self.mass else mass
         self.visual = call.site.grid.whole_blocks(self.method.block, reordered=True).stop

@@ -58,7 +58,9 @@ class SparseD(Method):
         self, query: Tensor, key: Tensor, site: AttentionSite, *, lse: Tensor | None = None
     ) -> Tensor:
         """For every query block the heaviest blocks of each segment; a block on the border is the prompt's."""
-        mass = block_mass(query, key, (self.block,) * 2, scale=site.scale, lse=lse)
+        mass = block_mass(
+            query, key, (self.block,) * 2, scale=site.scale, lse=lse, kv_lengths=site.kv_lengths
+        )
         return segment_top_k(mass, self.select, segments(site.grid, self.block))
 
     def default_schedule(self) -> Schedule:

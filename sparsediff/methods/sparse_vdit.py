@@ -224,7 +224,9 @@ class _VDiTCalibrator(Calibrator):
     def _stripes(self, call: Call, stretch: int, row: int) -> Tensor:
         """`bool [H, Mq, Nk]`: the key blocks with the most mass so far, in every row."""
         query, key = TokenOrder(("FHW",)).apply(call.site.grid, call.query, call.key)
-        mass = block_mass(query, key, (self.method.block,) * 2, scale=call.scale)
+        mass = block_mass(
+            query, key, (self.method.block,) * 2, scale=call.scale, kv_lengths=call.site.kv_lengths
+        )
         columns, where = mass.sum(-2).mean(0).cpu(), f"{stretch} {row}"
         if where in self.columns:
             columns = columns + self.columns[where]
@@ -247,7 +249,8 @@ class _VDiTCalibrator(Calibrator):
 
     def _output(self, call: Call, axes: str, keep: Tensor, size: tuple[int, int]) -> Tensor:
         order, tensors, mask = self._prepared(call, axes, keep, size)
-        return order.undo(call.site.grid, attend_blocks(*tensors, mask, scale=call.scale).out)[0]
+        out = attend_blocks(*tensors, mask, scale=call.scale, kv_lengths=call.site.kv_lengths).out
+        return order.undo(call.site.grid, out)[0]
 
     def _measure_cost(self, call: Call, table: Tensor, stripes: Tensor, size) -> Tensor:
         """Time of each mode's attention over a dense call's, by our kernel on this device, at this size."""
@@ -260,7 +263,16 @@ class _VDiTCalibrator(Calibrator):
         ):
             _, tensors, mask = self._prepared(call, axes, keep[None], size)
             times.append(
-                seconds(functools.partial(attend_blocks, *tensors, mask, scale=call.scale), device)
+                seconds(
+                    functools.partial(
+                        attend_blocks,
+                        *tensors,
+                        mask,
+                        scale=call.scale,
+                        kv_lengths=call.site.kv_lengths,
+                    ),
+                    device,
+                )
             )
         return torch.tensor(times, dtype=torch.float64) / times[0]
 
