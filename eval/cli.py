@@ -220,12 +220,12 @@ def _generate(arguments: argparse.Namespace) -> None:
     method, schedule = _ready_method(arguments), _schedule(arguments)
     _quiet_libraries()
     import sparsediff
-    from sparsediff.eval.compare import timed_generate
+    from sparsediff.eval.measure import generate
 
     pipe, request = _pipeline_and_request(arguments)
     _warn_if_random(arguments.model)
     with sparsediff.enable(pipe, method, schedule=schedule) as handle:
-        timed = timed_generate(pipe, request)
+        timed = generate(pipe, request.arguments())
         write_mp4(arguments.out, timed.video, arguments.fps)
         print(handle.summary())
         if arguments.report is not None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import platform
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import sparsediff
+from sparsediff.eval.environment import environment
+from sparsediff.eval.measure import generate, warm_up
 from sparsediff.eval.metrics import Fidelity, fidelity
-from sparsediff.eval.video import contact_sheet, side_by_side, to_video_tensor, write_mp4
+from sparsediff.eval.video import contact_sheet, side_by_side, write_mp4
 from sparsediff.methods import Method
 from sparsediff.report import RunReport
 from sparsediff.schedule import Schedule
@@ -49,15 +49,6 @@ class Request:
         given = {name: value for name, value in named.items() if value is not None}
         generator = torch.Generator("cpu").manual_seed(self.seed)
         return {"prompt": self.prompt, "generator": generator, "output_type": "np", **given}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timed:
-    """A clip and the seconds it took."""
-
-    video: Tensor  # float32 [F, H, W, 3] in [0, 1]
-    total_seconds: float
-    denoiser_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,31 +98,6 @@ class Comparison:
         return "\n".join(f"  {name:<11}{value:>10}   {note}" for name, value, note in rows)
 
 
-def timed_generate(pipe: object, request: Request) -> Timed:
-    """Run the pipeline once."""
-    models = [
-        m
-        for m in (getattr(pipe, n, None) for n in ("transformer", "transformer_2"))
-        if isinstance(m, nn.Module)
-    ]
-    clock = _DenoiserClock()
-    hooks = [
-        h
-        for m in models
-        for h in (m.register_forward_pre_hook(clock.start), m.register_forward_hook(clock.stop))
-    ]
-    try:
-        _synchronize()
-        started = time.perf_counter()
-        frames = pipe(**request.arguments()).frames
-        _synchronize()
-        total = time.perf_counter() - started
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return Timed(video=to_video_tensor(frames), total_seconds=total, denoiser_seconds=clock.seconds)
-
-
 def compare(
     pipe: object,
     request: Request,
@@ -148,12 +114,12 @@ def compare(
     """
     # Refuse what cannot run sparse before the dense run, not after it.
     sparsediff.enable(pipe, method, schedule=schedule, **method_params).disable()
-    _warm_up(pipe, request)
-    dense = timed_generate(pipe, request)
-    with sparsediff.enable(pipe, method, schedule=Schedule(), **method_params):
-        _warm_up(pipe, request)  # the first sparse call compiles kernels
+    warm_up(pipe, request.arguments())
+    dense = generate(pipe, request.arguments())
+    with sparsediff.enable(pipe, method, schedule=Schedule(dense_steps=1), **method_params):
+        warm_up(pipe, request.arguments())  # the first sparse call compiles kernels
     with sparsediff.enable(pipe, method, schedule=schedule, **method_params) as handle:
-        sparse = timed_generate(pipe, request)
+        sparse = generate(pipe, request.arguments())
         report = handle.report()
     comparison = Comparison(
         model=model,
@@ -193,69 +159,6 @@ def save_comparison(
     contact_sheet(clips, title=comparison.request.prompt, scale=scale).save(files[3])
     files[4].write_text(comparison.to_json())
     return files
-
-
-def environment() -> dict[str, str]:
-    """Versions and device that a figure depends on."""
-    import diffusers
-    import transformers
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
-    return {
-        "sparsediff": sparsediff.__version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": device,
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-class _DenoiserClock:
-    seconds = 0.0
-
-    def start(self, module, args) -> None:
-        _synchronize()
-        self._started = time.perf_counter()
-
-    def stop(self, module, args, output) -> None:
-        _synchronize()
-        self.seconds += time.perf_counter() - self._started
-
-
-def _warm_up(pipe: object, request: Request) -> None:
-    """One step whose time nobody counts, without a progress bar."""
-    config = getattr(pipe, "_progress_bar_config", None)
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        pipe(
-            **{
-                **dataclasses.replace(request, steps=1).arguments(),
-                "output_type": "latent",
-            }
-        )
-    finally:
-        if config is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = config
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
 
 
 def _finite(x):

@@ -1,0 +1,208 @@
+"""One call of a pipeline, measured: frames, latents on the way, seconds of its parts, memory, energy.
+
+Nothing waits for the device while the clip is made.  Parts are told apart without knowing the pipeline: what comes
+before the first call of a transformer is text, what comes after the last is decoding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparsediff.api import COMPONENTS
+from sparsediff.eval.resources import EnergyMeter, peak_memory, reset_peak_memory
+from sparsediff.eval.video import to_video_tensor
+from sparsediff.progress import step_bar
+from sparsediff.timing import Mark, mark, seconds_between, wait
+
+WARM_UP_STEPS = 2  # one that may be dense and choose blocks, one that is sparse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A clip and what it took.
+
+    Attributes:
+        video: `float32 [F, H, W, 3]` in [0, 1], on the CPU.
+        total_seconds: the whole call, by the wall clock after the device has finished.
+        denoiser_seconds: inside the transformers.
+        text_seconds, decode_seconds: before the first and after the last call of a transformer.
+        step_seconds: inside the transformers, by denoising step; empty where the pipeline does not tell its steps.
+        latents: after every step, `float16 [steps, ...]` on the CPU; None where nobody asked or the pipeline does not
+            tell.
+        latents_sha256: of what the transformer was given first.
+        peak_memory_bytes, energy_joules: None where the device does not tell.
+    """
+
+    video: Tensor
+    total_seconds: float
+    denoiser_seconds: float
+    text_seconds: float
+    decode_seconds: float
+    step_seconds: tuple[float, ...]
+    latents: Tensor | None
+    latents_sha256: str
+    peak_memory_bytes: int | None
+    energy_joules: float | None
+
+    @property
+    def frames_sha256(self) -> str:
+        """Of the frames: equal only for identical clips."""
+        return sha256(self.video)
+
+
+def generate(pipe: object, arguments: dict[str, object], *, trajectory: bool = False) -> Made:
+    """Run the pipeline once.
+
+    Args:
+        pipe: stock or enabled.
+        arguments: of its call; `generator` should be fresh.
+        trajectory: keep the latents after every step.
+
+    Raises:
+        ValueError: the pipeline returns no video, or one with NaN or infinite values.
+    """
+    device = pipe._execution_device
+    observer = _CallObserver(device, trajectory=trajectory)
+    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+        arguments = {**arguments, "callback_on_step_end": observer.step_ended}
+    hooks = observer.watch(pipe)
+    energy = EnergyMeter(device)
+    try:
+        wait(device)
+        reset_peak_memory(device)
+        energy.start()
+        begun, started = mark(device), time.perf_counter()
+        output = pipe(**arguments)
+        ended = mark(device)
+        wait(device)
+        total = time.perf_counter() - started
+    finally:
+        for hook in hooks:
+            hook.remove()
+    frames = getattr(output, "frames", None)
+    if frames is None:
+        raise ValueError(
+            f"{type(pipe).__name__} returns no video, which is all that can be measured yet"
+        )
+    video = to_video_tensor(frames)
+    if not video.isfinite().all():
+        raise ValueError(
+            "the clip holds NaN or infinite values: try another dtype, such as bfloat16 or float32"
+        )
+    spans = observer.spans
+    return Made(
+        video=video,
+        total_seconds=total,
+        denoiser_seconds=sum(seconds_between(a, b) for _, a, b in spans),
+        text_seconds=seconds_between(begun, spans[0][1]) if spans else 0.0,
+        decode_seconds=seconds_between(spans[-1][2], ended) if spans else 0.0,
+        step_seconds=observer.step_seconds(),
+        latents=observer.trajectory(),
+        latents_sha256=sha256(observer.first_input),
+        peak_memory_bytes=peak_memory(device),
+        energy_joules=energy.stop(),
+    )
+
+
+def warm_up(pipe: object, arguments: dict[str, object]) -> float:
+    """Run few steps whose time nobody counts, without a progress bar; returns their seconds."""
+    started = time.perf_counter()
+    few = {"num_inference_steps": WARM_UP_STEPS, "output_type": "latent"}
+    with step_bar(pipe, shown=False):
+        pipe(**{**arguments, **few})
+        wait(pipe._execution_device)
+    return time.perf_counter() - started
+
+
+def denoisers(pipe: object) -> list[nn.Module]:
+    """The transformers of a pipeline."""
+    found = (getattr(pipe, name, None) for name in COMPONENTS)
+    return [m for m in found if isinstance(m, nn.Module)]
+
+
+def sha256(x: Tensor | None) -> str:
+    """Of the values as float32; empty for none."""
+    if x is None:
+        return ""
+    return hashlib.sha256(
+        x.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()
+    ).hexdigest()
+
+
+def divergence(latents: Tensor, reference: Tensor) -> tuple[float, ...]:
+    """Relative L2 distance of two trajectories `[steps, ...]` after each step.
+
+    Raises:
+        ValueError: their shapes differ.
+    """
+    if latents.shape != reference.shape:
+        raise ValueError(
+            f"two trajectories of one shape are needed, got {list(latents.shape)} and {list(reference.shape)}"
+        )
+    found = []
+    for a, b in zip(latents, reference, strict=True):
+        difference = (a.float() - b.float()).norm()
+        found.append((difference / b.float().norm().clamp_min(1e-20)).item())
+    return tuple(found)
+
+
+class _CallObserver:
+    """What is seen of one call of a pipeline."""
+
+    def __init__(self, device: torch.device, *, trajectory: bool) -> None:
+        self.device = device
+        self.spans: list[
+            tuple[int, Mark, Mark]
+        ] = []  # step, start, stop of each call of a transformer
+        self.first_input: Tensor | None = None
+        self._latents: list[Tensor] | None = [] if trajectory else None
+        self._step = 0
+
+    def watch(self, pipe: object) -> list:
+        return [
+            hook
+            for model in denoisers(pipe)
+            for hook in (
+                model.register_forward_pre_hook(self._before, with_kwargs=True),
+                model.register_forward_hook(self._after),
+            )
+        ]
+
+    def step_ended(self, pipe: object, step: int, timestep: object, tensors: dict) -> dict:
+        self._step += 1
+        if self._latents is not None and (latents := tensors.get("latents")) is not None:
+            self._latents.append(_to_host(latents))
+        return {}
+
+    def step_seconds(self) -> tuple[float, ...]:
+        total = [0.0] * self._step
+        for step, start, stop in self.spans:
+            if step < self._step:
+                total[step] += seconds_between(start, stop)
+        return tuple(total)
+
+    def trajectory(self) -> Tensor | None:
+        return torch.stack(self._latents) if self._latents else None
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.first_input is None:
+            given = kwargs.get("hidden_states", args[0] if args else None)
+            self.first_input = given.detach().clone() if isinstance(given, Tensor) else None
+        self._started = mark(self.device)
+
+    def _after(self, module: nn.Module, args: tuple, output: object) -> None:
+        self.spans.append((self._step, self._started, mark(self.device)))
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """A copy in half precision on the CPU that nobody waits for."""
+    half = x.detach().half()
+    if half.device.type != "cuda":
+        return half.clone() if half is x else half
+    return torch.empty_like(half, device="cpu", pin_memory=True).copy_(half, non_blocking=True)
