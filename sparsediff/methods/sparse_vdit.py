@@ -9,6 +9,7 @@ offline by the error of the output and the cost of the mode (section 3.3).
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,6 +39,7 @@ from sparsediff.token_grid import TokenGrid, TokenOrder
 
 MODES = ("dense", "skip", "diagonal", "multi-diagonal", "stripe")
 DENSE, SKIP, DIAGONAL, MULTI, STRIPE = range(5)
+CLOSE_ENOUGH = 0.95  # share of the density asked for below which its user is told
 AXIS_ORDERS = ("FHW", "HWF")  # the sequence as it is; all frames of a place side by side
 
 
@@ -46,9 +48,10 @@ class SparseVDiT(StaticMethod):
     """One of five patterns a head and stretch of steps, from `sparsediff calibrate`.
 
     Attributes:
-        density: mean share of the video's blocks kept by a layer's heads that the search aims at: with it a mode costs its share of blocks, and
-            the weight of cost against error is the one that just gets there.  None uses `lambda_`, `epsilon` and
-            measured time.
+        density: share of the video's blocks that the search aims at, in the mean over heads: with it a mode costs its
+            share of blocks, and the weight of cost against error is the one that just gets there.  What is left then
+            goes, step by step, to the head whose error it lessens most, and what a layer cannot spend to the next.
+            None uses `lambda_`, `epsilon` and measured time.
         lambda_: weight of a mode's cost, in units of a dense call's time, against the relative squared error of its
             output (published: 0.5, against an absolute error).
         epsilon: a head stays dense if the best sparse mode's error and weighted cost together exceed this.
@@ -68,6 +71,7 @@ class SparseVDiT(StaticMethod):
     summary: ClassVar[str] = (
         "one of five patterns by head, searched offline by output error and measured time"
     )
+    needs_video: ClassVar[str] = "follows patterns of frames"
     citation: ClassVar[str] = "arXiv:2506.03065"
 
     tensor_names: ClassVar[tuple[str, ...]] = ("modes", "stripes")
@@ -105,12 +109,14 @@ class SparseVDiT(StaticMethod):
         return (self.block, self.block)
 
     def order(self, site: AttentionSite) -> TokenOrder | None:
-        """Multi-diagonal heads walk all frames of a place before the next place."""
+        """Multi-diagonal heads walk all frames of a place before the next place; without any, nobody moves.
+
+        Blocks were measured with the grid in front, so behind text it has to come forward all the same.
+        """
         if self.calibration is None:
             return None
-        return _orders(
-            self.calibration, self._bin(site.step, site), self.calibration.row(site.name)
-        )
+        where = self._bin(site.step, site), self.calibration.row(site.name)
+        return _orders(self.calibration, *where, in_front=site.grid.grid_span[0] == 0)
 
     def keep_blocks(
         self, query: Tensor, key: Tensor, site: AttentionSite, *, lse: Tensor | None = None
@@ -133,8 +139,12 @@ class SparseVDiT(StaticMethod):
 
 
 @functools.lru_cache(maxsize=512)
-def _orders(calibration: Calibration, stretch: int, row: int) -> TokenOrder:
+def _orders(
+    calibration: Calibration, stretch: int, row: int, *, in_front: bool
+) -> TokenOrder | None:
     modes = calibration.tensors["modes"][stretch, row].tolist()
+    if in_front and MULTI not in modes:
+        return None
     return TokenOrder(AXIS_ORDERS, tuple(int(mode == MULTI) for mode in modes))
 
 
@@ -166,14 +176,30 @@ def assign(error: Tensor, cost: Tensor, lambda_: float, epsilon: float) -> Tenso
 def assign_to_density(error: Tensor, densities: Tensor, target: float) -> Tensor:
     """`assign` at the cost of blocks, weighted just enough for the heads' mean density to be at most `target`.
 
-    A head is dense if that is its least loss: the paper's cut-off, at the weighted cost of a dense call.
+    A head is dense if that is its least loss: the paper's cut-off, at the weighted cost of a dense call.  Heads with
+    alike errors change their modes at one weight, so a good part of the target may be left; `spend` gives it out.
     """
     low, high = 0.0, 1e4
     for _ in range(60):
         middle = (low + high) / 2
         modes = assign(error, densities, middle, middle)
         low, high = (low, middle) if densities[modes.long()].mean() <= target else (middle, high)
-    return assign(error, densities, high, high)
+    modes = assign(error, densities, high, high)
+    return spend(error, densities, modes, target)
+
+
+def spend(error: Tensor, densities: Tensor, modes: Tensor, target: float) -> Tensor:
+    """Raise modes one at a time while the mean density stays at most `target`, each time where a block saves most error."""
+    modes = modes.long()
+    while True:
+        cost = densities - densities[modes][:, None]  # [H, 5]
+        saved = error.gather(1, modes[:, None]) - error
+        room = target * len(modes) - densities[modes].sum() + 1e-9
+        fits = (cost > 0) & (cost <= room) & (saved > 0)
+        if not fits.any():
+            return modes.to(torch.uint8)
+        best = (saved / cost).where(fits, -torch.inf).argmax().item()
+        modes[best // len(densities)] = best % len(densities)
 
 
 class _VDiTCalibrator(Calibrator):
@@ -187,6 +213,7 @@ class _VDiTCalibrator(Calibrator):
             None if method.costs is None else torch.tensor(method.costs, dtype=torch.float64)
         )
         self.densities: Tensor | None = None
+        self.spent = torch.zeros(shape[:3], dtype=torch.float64)  # density of each head's mode
         self.visual = 0  # blocks that hold nothing but the grid, in front in every order
 
     def attend(self, call: Call) -> Tensor:
@@ -219,7 +246,11 @@ class _VDiTCalibrator(Calibrator):
         method, error = self.method, self.error[stretch, row] / self.calls[stretch, row]
         if method.density is None:
             return assign(error, self.cost, method.lambda_, method.epsilon)
-        return assign_to_density(error, self.densities, method.density)
+        before = self.spent[stretch, :row][self.calls[stretch, :row] > 0]
+        budget = method.density * (before.numel() + len(error)) - before.sum().item()
+        modes = assign_to_density(error, self.densities, budget / len(error))
+        self.spent[stretch, row] = self.densities[modes.long()]
+        return modes
 
     def _stripes(self, call: Call, stretch: int, row: int) -> Tensor:
         """`bool [H, Mq, Nk]`: the key blocks with the most mass so far, in every row."""
@@ -286,11 +317,16 @@ class _VDiTCalibrator(Calibrator):
         bins, layers, heads, _ = self.error.shape
         width = next(iter(self.columns.values())).shape[-1]
         modes = torch.zeros(bins, layers, heads, dtype=torch.uint8)
+        chosen = {
+            where: self._assign(*map(int, where.split()))
+            for where in sorted(self.columns, key=lambda at: tuple(map(int, at.split())))
+        }
         stripes = torch.zeros(bins, layers, heads, -(-width // 8), dtype=torch.uint8)
         for where, seen in nearest_seen(self.columns, bins, self.rows).items():
             stretch, row = map(int, where.split())
-            modes[stretch, row] = self._assign(*map(int, seen.split()))
+            modes[stretch, row] = chosen[seen]
             stripes[stretch, row] = pack_bits(self._best(self.columns[seen]))
+        self._tell_shortfall(modes)
         errors = self.error / self.calls.clamp_min(1)[..., None, None]
         return {
             "modes": modes,
@@ -298,6 +334,23 @@ class _VDiTCalibrator(Calibrator):
             "errors": errors.float(),
             "costs": self.cost.float(),
         }
+
+    def _tell_shortfall(self, modes: Tensor) -> None:
+        """Warn where modes of these sizes do not add up to the density asked for."""
+        asked = self.method.density
+        reached = asked if asked is None else self.densities[modes.long()].mean().item()
+        if asked is None or reached >= CLOSE_ENOUGH * asked:
+            return
+        sizes = ", ".join(
+            f"{name} {size:.3f}" for name, size in zip(MODES, self.densities.tolist(), strict=True)
+        )
+        warnings.warn(
+            f"sparse_vdit reached a density of {reached:.3f} of the video's blocks, and {asked:g} was asked for: modes "
+            f"of these sizes come no nearer, or save no error ({sizes}); ask for one of these sizes, or change them "
+            "with window= and stripes=",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def state(self) -> dict[str, object]:
         """Sums, and the costs once measured."""
@@ -308,10 +361,11 @@ class _VDiTCalibrator(Calibrator):
             "cost": self.cost,
             "densities": self.densities,
             "visual": self.visual,
+            "spent": self.spent,
         }
 
     def load_state(self, state: dict[str, object]) -> None:
         """Go on adding."""
         self.error, self.calls, self.columns = state["error"], state["calls"], state["columns"]
         self.cost, self.densities = state["cost"], state["densities"]
-        self.visual = state["visual"]
+        self.visual, self.spent = state["visual"], state["spent"]
