@@ -30,6 +30,8 @@ class CatchAttention(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is functional.scaled_dot_product_attention:
             return _attend(self.layer, *args, **(kwargs or {}))
+        if func is Tensor.unflatten:  # a method of `super()` within, which Dynamo cannot trace
+            return args[0].unflatten(*args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

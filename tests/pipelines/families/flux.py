@@ -46,9 +46,9 @@ def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0, **options):
 
 
 def call_kontext(pipe, size, **options):
-    # A packed reference of 8x8 tokens, as latents: they are not encoded again.
+    # 8x8 tokens, given as latents, which are not encoded again.
     height, width, _ = size
-    reference = torch.randn(1, 1, 16, 16, generator=generator(7))
+    reference = torch.randn(1, 16, 16, 16, generator=generator(7))
     return call(pipe, size, image=reference, max_area=height * width, _auto_resize=False, **options)
 
 
@@ -66,7 +66,7 @@ FAMILIES = [
     ),
     Family(
         name="flux-kontext",
-        build=partial(build, "FluxKontextPipeline"),
+        build=partial(build, "FluxKontextPipeline", in_channels=64),
         call=call_kontext,
         sizes={
             (256, 256, 1): f"{TEXT} text + 1x16x16 + {REFERENCE} image",
