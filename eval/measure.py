@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,19 +57,27 @@ class Made:
         return sha256(self.video)
 
 
-def generate(pipe: object, arguments: dict[str, object], *, trajectory: bool = False) -> Made:
+def generate(
+    pipe: object,
+    arguments: dict[str, object],
+    *,
+    trajectory: bool = False,
+    on_step: Callable[[int, Tensor | None], None] | None = None,
+) -> Made:
     """Run the pipeline once.
 
     Args:
         pipe: stock or enabled.
         arguments: of its call; `generator` should be fresh.
         trajectory: keep the latents after every step.
+        on_step: called after every step with its number, from 0, and its latents, where the pipeline tells its steps;
+            what it raises ends the run.
 
     Raises:
         ValueError: the pipeline returns no video, or one with NaN or infinite values.
     """
     device = pipe._execution_device
-    observer = _CallObserver(device, trajectory=trajectory)
+    observer = _CallObserver(device, trajectory=trajectory, on_step=on_step)
     if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
         arguments = {**arguments, "callback_on_step_end": observer.step_ended}
     hooks = observer.watch(pipe)
@@ -155,8 +164,15 @@ def divergence(latents: Tensor, reference: Tensor) -> tuple[float, ...]:
 class _CallObserver:
     """What is seen of one call of a pipeline."""
 
-    def __init__(self, device: torch.device, *, trajectory: bool) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        trajectory: bool,
+        on_step: Callable[[int, Tensor | None], None] | None = None,
+    ) -> None:
         self.device = device
+        self._on_step = on_step
         self.spans: list[
             tuple[int, Mark, Mark]
         ] = []  # step, start, stop of each call of a transformer
@@ -178,6 +194,8 @@ class _CallObserver:
         self._step += 1
         if self._latents is not None and (latents := tensors.get("latents")) is not None:
             self._latents.append(_to_host(latents))
+        if self._on_step is not None:
+            self._on_step(self._step - 1, tensors.get("latents"))
         return {}
 
     def step_seconds(self) -> tuple[float, ...]:
