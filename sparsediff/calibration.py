@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -259,6 +260,25 @@ class Call:
         return self.query.shape[-1] ** -0.5 if self.site.scale is None else self.site.scale
 
 
+def per_calibration(function: Callable) -> Callable:
+    """Cache a function of a calibration and hashable arguments for as long as the calibration is in use.
+
+    A cache that counts its entries would keep a gigabyte of blocks in memory after the pipeline that used them is gone.
+    The values must not refer to the calibration.
+    """
+    found: weakref.WeakKeyDictionary[Calibration, dict] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(function)
+    def cached(calibration: Calibration, *arguments, **named):
+        values = found.setdefault(calibration, {})
+        key = (arguments, tuple(sorted(named.items())))
+        if key not in values:
+            values[key] = function(calibration, *arguments, **named)
+        return values[key]
+
+    return cached
+
+
 class Calibrator(ABC):
     """Watches whole generations and turns what it saw into tensors; one a method, deterministic for a seed."""
 
@@ -325,7 +345,7 @@ def nearest_seen(
     }
 
 
-@functools.lru_cache(maxsize=8)
+@per_calibration
 def pinned(calibration: Calibration, name: str) -> Tensor:
     """A tensor of a calibration where copies to a GPU need not wait for the host."""
     tensor = calibration.tensors[name]

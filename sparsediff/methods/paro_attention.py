@@ -7,7 +7,6 @@ one prompt shows where they are for all: order and blocks are measured once, off
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparsediff import calibration_memory as memory
 from sparsediff.block_mask import pack_bits, unpack_bits
 from sparsediff.budget import head_percentile
 from sparsediff.calibration import (
@@ -24,6 +24,7 @@ from sparsediff.calibration import (
     Call,
     ModelLayout,
     nearest_seen,
+    per_calibration,
     pinned,
     step_bin,
 )
@@ -113,7 +114,7 @@ class PAROAttention(StaticMethod):
         return _PAROCalibrator(self, layout)
 
 
-@functools.lru_cache(maxsize=256)
+@per_calibration
 def _orders(calibration: Calibration, row: int) -> TokenOrder:
     heads = calibration.tensors["orders"][row].tolist()
     return TokenOrder(ORDERS, tuple(heads))
@@ -128,7 +129,8 @@ def concentration(
     mean weight (incoherence); both `[...]`, lower is better.
     """
     tiles = weights.unflatten(-1, (-1, block)).unflatten(-3, (-1, block))
-    small = (tiles < epsilon).float().mean((-3, -1))
+    # counted, not averaged: that would take a float for every weight
+    small = (tiles < epsilon).sum((-3, -1)) / block**2
     incoherence = tiles.amax((-3, -1)) / tiles.mean((-3, -1)).clamp_min(1e-20)
     return (small < sigma).float().mean((-1, -2)), incoherence.mean((-1, -2))
 
@@ -154,43 +156,72 @@ class _PAROCalibrator(Calibrator):
         return call.dense()
 
     def _judge(self, call: Call, row: int) -> None:
-        method, grid, block = self.method, call.site.grid, self.method.block
-        start, stop = grid.grid_span
+        method, block = self.method, self.method.block
+        start, stop = call.site.grid.grid_span
         blocks = (stop - start) // block  # whole ones
         stride = max(1, blocks // method.sampled_blocks)
+        self._require_host_memory(call)
         chosen = torch.arange(call.site.step % stride, blocks, stride, device=call.query.device)
-        keys, lengths = call.key.float().permute(0, 2, 3, 1), call.site.kv_lengths
-        hidden = None
-        if lengths is not None:
+        # Scores, their softmax, that in another order, and what compares it, of one block of queries.
+        step = memory.how_many_fit(4 * 4 * call.query.shape[0] * block * call.key.shape[1])
+        sums = torch.zeros_like(self.dense[row], device=call.query.device).expand(2, -1, -1).clone()
+        for head in range(call.query.shape[2]):
+            keys = call.key[:, :, head].float().mT  # [B, D, S]
+            for i, axes in enumerate(ORDERS):
+                walk = TokenOrder((axes,)).permutation(call.site.grid, keys.device)
+                walk = walk[0, : blocks * block].long()
+                for part in chosen.split(step):
+                    tokens = walk.view(blocks, block)[part].flatten()
+                    weights = self._weights(call, head, tokens, keys)[..., walk]
+                    dense, incoherence = concentration(
+                        weights, block, method.epsilon / keys.shape[-1], method.sigma
+                    )
+                    share = len(part) / len(chosen)
+                    sums[0, head, i] += share * dense.double().mean()
+                    sums[1, head, i] += share * incoherence.double().mean()
+        dense, incoherence = sums.cpu()
+        self.dense[row] += dense
+        self.incoherence[row] += incoherence
+
+    @staticmethod
+    def _weights(call: Call, head: int, tokens: Tensor, keys: Tensor) -> Tensor:
+        """What these query tokens of a head attend to, `float32 [B, tokens, S]`; `keys` are `[B, D, S]`."""
+        logits = (call.query[:, tokens, head].float() * call.scale) @ keys
+        if (lengths := call.site.kv_lengths) is not None:
             places = torch.arange(keys.shape[-1], device=keys.device)
-            hidden = (places >= lengths[:, None])[:, None, None]
-        for i, axes in enumerate(ORDERS):
-            walk = (
-                TokenOrder((axes,)).permutation(grid, call.query.device)[0, : blocks * block].long()
-            )
-            tokens = walk.view(blocks, block)[chosen].flatten()
-            logits = call.query[:, tokens].float().transpose(1, 2) @ keys * call.scale
-            if hidden is not None:
-                logits = logits.masked_fill(hidden, -torch.inf)
-            weights = logits.softmax(-1)[..., walk]
-            dense, incoherence = concentration(
-                weights, block, method.epsilon / call.key.shape[1], method.sigma
-            )
-            self.dense[row, :, i] += dense.double().mean(0).cpu()
-            self.incoherence[row, :, i] += incoherence.double().mean(0).cpu()
+            logits.masked_fill_((places >= lengths[:, None])[:, None], -torch.inf)
+        return logits.softmax(-1)
 
     def _measure(self, call: Call, row: int) -> None:
-        size = (self.method.block,) * 2
-        order = TokenOrder(ORDERS, tuple(self.orders[row].tolist()))
-        query, key = order.apply(call.site.grid, call.query, call.key)
-        mass = (
-            block_mass(query, key, size, scale=call.scale, kv_lengths=call.site.kv_lengths)
-            .mean(0)
-            .cpu()
-        )
+        grid, size = call.site.grid, (self.method.block,) * 2
         where = f"{step_bin(call.site.step, call.site.num_steps, self.method.bins)} {row}"
-        self.mass[where] = self.mass[where] + mass if where in self.mass else mass
-        self.visual = call.site.grid.whole_blocks(self.method.block, reordered=True).stop
+        if where not in self.mass:
+            blocks = -(-grid.num_tokens // self.method.block)
+            self.mass[where] = torch.zeros(call.query.shape[2], blocks, blocks)
+        # Queries and keys in order, and room for the mass of their blocks.
+        for heads in memory.head_groups(call.query, copies=4):
+            order = TokenOrder(ORDERS, tuple(self.orders[row, heads].tolist()))
+            query, key = order.apply(grid, call.query[:, :, heads], call.key[:, :, heads])
+            mass = block_mass(
+                query,
+                key,
+                size,
+                scale=call.scale,
+                kv_lengths=call.site.kv_lengths,
+                chunk_bytes=memory.CHUNK_BYTES // 2,
+            )
+            self.mass[where][heads] += mass.mean(0).cpu()
+        self.visual = grid.whole_blocks(self.method.block, reordered=True).stop
+
+    def _require_host_memory(self, call: Call) -> None:
+        """Sums of every stretch and layer stay until the last prompt, and their blocks are stored."""
+        blocks = -(-call.key.shape[1] // self.method.block)
+        masks = self.method.bins * len(self.rows) * call.key.shape[2] * blocks * blocks
+        memory.require_host_memory(
+            4 * masks + masks // 8,
+            f"measuring paro_attention at {call.key.shape[1]:,} tokens",
+            "block=128 takes a quarter of it, fewer bins less",
+        )
 
     @property
     def orders(self) -> Tensor:
