@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from sparsediff.clock import Clock
 from sparsediff.padding import PaddingMask
 from sparsediff.processor import SparseProcessor, unwrapped, wrap_processor
 from sparsediff.schedule import Schedule
@@ -19,10 +20,16 @@ from sparsediff.token_grid import TokenGrid
 
 # Transformer class name -> "module:attribute".  Matched exactly: near names (Wan, WanAnimate2) differ in what counts.
 ADAPTERS = {
+    "AllegroTransformer3DModel": "sparsediff.pipelines.allegro:AllegroAdapter",
     "CogVideoXTransformer3DModel": "sparsediff.pipelines.cogvideox:CogVideoXAdapter",
+    "DiffusionGemmaForBlockDiffusion": "sparsediff.pipelines.diffusion_gemma:DiffusionGemmaAdapter",
+    "EasyAnimateTransformer3DModel": "sparsediff.pipelines.easyanimate:EasyAnimateAdapter",
     "Flux2Transformer2DModel": "sparsediff.pipelines.flux2:Flux2Adapter",
     "FluxTransformer2DModel": "sparsediff.pipelines.flux:FluxAdapter",
     "HunyuanVideoTransformer3DModel": "sparsediff.pipelines.hunyuan_video:HunyuanVideoAdapter",
+    "LLaDA2MoeModelLM": "sparsediff.pipelines.llada2:LLaDA2Adapter",
+    "LTX2VideoTransformer3DModel": "sparsediff.pipelines.ltx2:LTX2Adapter",
+    "LTXVideoTransformer3DModel": "sparsediff.pipelines.ltx:LTXAdapter",
     "QwenImageTransformer2DModel": "sparsediff.pipelines.qwen_image:QwenImageAdapter",
     "WanTransformer3DModel": "sparsediff.pipelines.wan:WanAdapter",
     "WanVACETransformer3DModel": "sparsediff.pipelines.wan:WanVACEAdapter",
@@ -65,6 +72,13 @@ class ModelAdapter(ABC):
     # Whether that padding is always the end of the sequence.
     pads_last: ClassVar[bool] = False
     mask_reason: ClassVar[str] = "an attention mask that this adapter does not understand"
+
+    # Whether masks of any other kind are read, once a forward, to see which blocks they hide (`sparsediff.attention_mask`):
+    # that waits for the device.
+    reads_masks: ClassVar[bool] = False
+
+    # What the tokens are: of a latent video or image, or words that a language model writes.
+    modality: ClassVar[Literal["video", "text"]] = "video"
 
     # Where the eligible modules are, in execution order: (list of blocks, name within a block).
     attention: ClassVar[tuple[tuple[str, str], ...]] = ()
@@ -114,6 +128,24 @@ class ModelAdapter(ABC):
     def num_heads(self, model: nn.Module) -> int:
         """Attention heads of one layer."""
         return model.config.num_attention_heads
+
+    def linear_weights(self, model: nn.Module) -> float:
+        """Weights that a token meets on its way: the linear layers inside the model's lists of blocks."""
+        blocks = (m for m in model.children() if isinstance(m, nn.ModuleList))
+        linears = (m for b in blocks for m in b.modules() if isinstance(m, nn.Linear))
+        return sum(m.in_features * m.out_features for m in linears)
+
+    def clock(self, pipe: object | None, num_steps: int | None) -> Clock:
+        """What reads generations and steps off a pipeline; off the calls alone, of `num_steps` each, if there is none."""
+        return Clock(pipe, num_steps)
+
+    def context(self, arguments: Mapping[str, object]) -> int | None:
+        """Tokens that a language model has before it or is at; None for a video."""
+        return None
+
+    def remember(self, arguments: Mapping[str, object]) -> Mapping[str, object]:
+        """Of the first call of a generation, what `token_grid` wants among the arguments of every call."""
+        return {}
 
     def timestep(self, arguments: Mapping[str, object]) -> Tensor | None:
         """The timestep argument, in units of `num_train_timesteps`."""

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from sparsediff.adapter import ADAPTERS, adapter_for
+from sparsediff.adapter import ADAPTERS, ModelAdapter, adapter_for
 from sparsediff.calibration import Calibration, ModelLayout
 from sparsediff.clock import Clock, check_step_count
 from sparsediff.kernels.attention import DTYPES, select_backend
@@ -22,7 +22,8 @@ from sparsediff.schedule import Schedule
 from sparsediff.state import Observer, RunState
 from sparsediff.token_grid import TokenGrid
 
-COMPONENTS = ("transformer", "transformer_2")  # Wan 2.2 has two experts
+# Wan 2.2 has two experts; language models are a `model`.
+COMPONENTS = ("transformer", "transformer_2", "model")
 
 
 def enable(
@@ -65,7 +66,7 @@ def enable(
         TypeError: an argument of the wrong kind.
     """
     given = None if isinstance(method, Method) else frozenset(method_params)
-    method = build_method(method, **method_params)
+    method = _suited(build_method(method, **method_params), pipe_or_transformer)
     method = with_calibration(method, calibration, given)
     if schedule is not None and not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a sparsediff.Schedule, got {type(schedule).__name__}")
@@ -97,7 +98,7 @@ def _enable(
             former._release(model)
     if pipe is not None and (former := handle_of(pipe)) is not None:
         former.disable()
-    handle = Handle(method, schedule, Clock(pipe, num_steps), unsupported)
+    handle = Handle(method, schedule, _clock(pipe, num_steps, supported), unsupported)
     try:
         handle._patch(pipe, supported, observer)
     except BaseException:
@@ -147,6 +148,10 @@ def require_stock_pipeline(target: object) -> None:
     if pipe is None:
         raise TypeError(
             f"calibrate() generates whole clips: give it the pipeline, not a bare {type(target).__name__}"
+        )
+    if any(adapter.modality == "text" for adapter in _adapters(transformers)):
+        raise ValueError(
+            f"calibrate() generates clips, and {type(pipe).__name__} is a language model; use 'sparse_d', which needs none"
         )
     if any(handle_of(part) is not None for part in (pipe, *transformers.values())):
         raise ValueError(
@@ -345,6 +350,23 @@ def _transformers(target: object) -> tuple[object | None, dict[str, nn.Module]]:
             f"{type(target).__name__} has no transformer; supported transformers: {', '.join(sorted(ADAPTERS))}"
         )
     return target, found
+
+
+def _adapters(transformers: dict[str, nn.Module]) -> list[ModelAdapter]:
+    """Of those that have one."""
+    return [adapter_for(m) for m in transformers.values() if type(m).__name__ in ADAPTERS]
+
+
+def _suited(method: Method, target: object) -> Method:
+    """The method, or what takes its place on a language model."""
+    adapters = _adapters(_transformers(target)[1])
+    return method.for_text() if any(a.modality == "text" for a in adapters) else method
+
+
+def _clock(pipe: object | None, num_steps: int | None, transformers: dict[str, nn.Module]) -> Clock:
+    """One for all transformers of a pipeline, which are of one kind."""
+    adapters = _adapters(transformers)
+    return adapters[0].clock(pipe, num_steps) if adapters else Clock(pipe, num_steps)
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:

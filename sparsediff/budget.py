@@ -46,11 +46,25 @@ def row_top_p(scores: Tensor, share: float, *, minimum: int = 1) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, kept)
 
 
-def segment_top_k(scores: Tensor, density: float, segments: Sequence[slice]) -> Tensor:
-    """`row_top_k` in each run of columns on its own (SparseD, section 4.2: isolated selection)."""
+def segment_top_k(
+    scores: Tensor, density: float, segments: Sequence[slice], visible: Tensor | None = None
+) -> Tensor:
+    """`row_top_k` in each run of columns on its own (SparseD, section 4.2: isolated selection).
+
+    `visible`, `bool [B|1, H|1, Mq, Nk]`, names the blocks that there are to choose from: a row keeps a share of what it
+    sees, and nothing of a run that it does not see.
+    """
     keep = torch.zeros_like(scores, dtype=torch.bool)
     for columns in segments:
-        keep[..., columns] = row_top_k(scores[..., columns], density)
+        run = scores[..., columns]
+        if visible is None:
+            keep[..., columns] = row_top_k(run, density)
+            continue
+        seen = visible[..., columns].expand(run.shape)
+        best = run.masked_fill(~seen, -torch.inf).argsort(dim=-1, descending=True)
+        budget = (density * seen.sum(-1, keepdim=True) - ROUNDING).ceil()
+        rank = torch.arange(run.shape[-1], device=run.device)
+        keep[..., columns] = torch.zeros_like(seen).scatter_(-1, best, rank < budget)
     return keep
 
 

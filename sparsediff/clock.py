@@ -78,10 +78,12 @@ class Clock:
         branch: str | None = None,
         step: int | None = None,
         who: object = None,
+        context: int | None = None,
     ) -> Tick:
         """The tick of a call of transformer `who` with this `timestep` argument.
 
-        `branch` and `step` are what the pipeline's cache context says, if there is one.
+        `branch` and `step` are what the pipeline's cache context says, if there is one; `context` is for language models
+        (`sparsediff.block_clock`).
         """
         scheduler = getattr(self._pipe(), "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sparsediff.block_mask import BlockMask
@@ -19,6 +20,7 @@ class MaskSlot:
     """What one layer remembers in one branch."""
 
     layout: tuple
+    visible: Tensor | None = None  # bool [B|1, H|1, Mq, Nk], what the model's own mask shows
     bitmap: Tensor | None = None  # uint8 [B, H, Mq, ceil(Nk / 8)]
     density: Tensor | None = None  # float32 [H], averaged over the batch
     refreshed_at: int | None = None
@@ -32,12 +34,14 @@ class MaskSlot:
         keep: Tensor,
         forced: Tensor,
         block_size: tuple[int, int],
-        tokens: int,
+        lengths: tuple[int, int],
         *,
         want_mask: bool = True,
     ) -> BlockMask | None:
         """Remember `keep | forced`, in place of what was; returns it as a mask if it is wanted at once."""
-        lengths, small = (tokens, tokens), keep.numel() * 4 <= LIST_CACHE_BYTES
+        small = keep.numel() * 4 <= LIST_CACHE_BYTES
+        if self.visible is not None:
+            keep, forced = (keep | forced) & self.visible, torch.zeros_like(forced)
         same = self.bitmap is not None and self.bitmap.shape[:3] == keep.shape[:3]
         packed = pack_mask(
             keep,
@@ -53,12 +57,15 @@ class MaskSlot:
         return mask
 
     def mask(
-        self, block_size: tuple[int, int], tokens: int, visits: Visits = "descending"
+        self,
+        block_size: tuple[int, int],
+        lengths: tuple[int, int],
+        visits: Visits = "descending",
     ) -> BlockMask:
         """What is remembered, as lists."""
         if self.lists is not None and visits == self.lists.visits:
             return self.lists
-        return BlockMask.from_bitmap(self.bitmap, block_size, (tokens, tokens), visits=visits)
+        return BlockMask.from_bitmap(self.bitmap, block_size, lengths, visits=visits)
 
     @property
     def nbytes(self) -> int:

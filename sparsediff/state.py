@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from sparsediff import adapter as adapters
 from sparsediff.adapter import ModelAdapter
+from sparsediff.attention_mask import Visible, read_mask
 from sparsediff.block_mask import BlockMask, forced_blocks
 from sparsediff.calibration import Call
 from sparsediff.clock import Clock, Tick
@@ -45,6 +46,11 @@ MIN_BLOCKS = 4  # a sequence of fewer key blocks leaves nothing to choose
 # Dense attention of one call, below which a GPU waits for launches.  Measured on one H200: 1.8e11 operations (13,312
 # tokens, 4 heads of 64) ran at half the speed of dense, 6.6e12 (32,760 tokens, 12 heads of 128) as fast as predicted.
 LAUNCH_BOUND_FLOP = 1e12
+
+NOT_SEEN = (
+    "the layer made no call of scaled_dot_product_attention that could be caught: load the model with "
+    "attn_implementation='sdpa' and call eval() on it"
+)
 
 Observer = Callable[[Call], Tensor]  # stands in for attention while something is measured
 
@@ -96,10 +102,12 @@ class RunState:
         self.wrappers: list = []
         self._slots: OrderedDict[str, list[MaskSlot | None]] = OrderedDict()
         self._generation: int | None = None
+        self._remembered: Mapping[str, object] = {}  # of the first call of the generation
         self._forward: _Forward | None = None
         self._calls_in_step: tuple[object, Counter] = (None, Counter())
         self._seen: set[int] = set()  # layers that have come by in this forward
-        self._linear_weights = _linear_weights(model)
+        self._linear_weights = adapter.linear_weights(model)
+        self._mask_read: tuple[Tensor | None, Visible | str] = (None, "")
         STATES[self.key] = self
 
     # -- events: eager Python, outside any compiled graph ---------------------------------------------------------
@@ -109,10 +117,15 @@ class RunState:
         arguments = adapters.bind_forward(model, args, kwargs)
         branch, step = self.context or (None, None)
         tick = self.clock.read(
-            self.adapter.timestep(arguments), branch=branch, step=step, who=self.key
+            self.adapter.timestep(arguments),
+            branch=branch,
+            step=step,
+            who=self.key,
+            context=self.adapter.context(arguments),
         )
         if tick.generation != self._generation:
             self._generation = tick.generation
+            self._remembered = self.adapter.remember(arguments)
             self._slots.clear()
             self._calls_in_step = (None, Counter())
         recorder = self.recorder
@@ -121,7 +134,7 @@ class RunState:
         recorder.num_steps = tick.num_steps
         grid, problem = None, None
         try:
-            grid = self.adapter.token_grid(model, arguments)
+            grid = self.adapter.token_grid(model, {**arguments, **self._remembered})
             recorder.grid, recorder.tokens = str(grid), grid.num_tokens
         except ValueError as error:
             problem = str(error)
@@ -161,6 +174,11 @@ class RunState:
                 self.recorder.dense(
                     self.layers[index], forward.tick.step, "gradients are on", warn=True
                 )
+        elif self.adapter.modality == "text":
+            # No cache leaves layers out here: what did not come by ran unseen.
+            for index in set(range(len(self.layers))) - self._seen:
+                self.recorder.dense(self.layers[index], forward.tick.step, NOT_SEEN, warn=True)
+        self._mask_read = (None, "")
         self.recorder.span(forward.tick.step, forward.started, mark(forward.device))
 
     def release(self) -> None:
@@ -175,6 +193,8 @@ class RunState:
         A pipeline that names no branches, or one name for several calls, still makes them in the same order in every
         step.
         """
+        if self.adapter.modality == "text":
+            return "text"  # there is no guidance
         moment = (tick.generation, tick.step)
         if self._calls_in_step[0] != moment:
             self._calls_in_step = (moment, Counter())
@@ -211,16 +231,20 @@ class RunState:
                 enable_gqa=enable_gqa,
             )
 
-        reason, warn = self._dense_reason(query, key, attn_mask, is_causal), True
+        reason, warn = self._dense_reason(query, key, attn_mask, is_causal, enable_gqa), True
         if reason is None:
-            site = self._site(index, scale)
+            visible = self._visible(attn_mask, key)
+            reason = visible if isinstance(visible, str) else None
+        if reason is None:
+            site = replace(self._site(index, scale), visible=visible.blocks)
             reason = self.schedule.dense_reason(site)
             warn = reason == UNKNOWN_STEPS
             choosing = reason is None or self._looks_ahead(site)
             if choosing or self.observer is not None:
                 packing = self._packing(site.grid, attn_mask, len(query))
                 site = replace(site, grid=packing.grid, kv_lengths=packing.lengths)
-                packed = packing.pack(query, key, value)
+                seen = (x[:, : visible.keys] for x in (key, value))
+                packed = packing.pack(query, *seen)
                 if self.observer is not None:
                     if not choosing:
                         self._record_dense(index, reason, warn=warn)
@@ -261,7 +285,7 @@ class RunState:
 
     def _packing(self, grid: TokenGrid, attn_mask: Tensor | None, batch: int) -> Packing:
         """What hides the keys that a mask hides; `_dense_reason` has understood the mask."""
-        if attn_mask is None:
+        if attn_mask is None or self.adapter.reads_masks:
             return Packing(grid=grid)
         valid = valid_keys(attn_mask, self.adapter.padding_mask)
         return pack_padding(grid, valid, batch, last=self.adapter.pads_last)
@@ -301,7 +325,12 @@ class RunState:
         )
 
     def _dense_reason(
-        self, query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        enable_gqa: bool,
     ) -> str | None:
         """Why the method cannot even be asked."""
         forward = self._forward
@@ -309,21 +338,42 @@ class RunState:
             return "called outside the transformer's forward"
         if forward.grid is None:
             return forward.problem
-        kind = self.adapter.padding_mask
-        if attn_mask is not None and (kind is None or valid_keys(attn_mask, kind) is None):
+        kind, masked = self.adapter.padding_mask, attn_mask is not None
+        unread = masked and not self.adapter.reads_masks
+        if unread and (kind is None or valid_keys(attn_mask, kind) is None):
             return self.adapter.mask_reason
         if is_causal:
             return "causal attention"
         if query.dtype not in DTYPES:
             return f"{str(query.dtype).removeprefix('torch.')} tensors"
-        if query.shape[1:] != key.shape[1:]:
+        grid = forward.grid
+        grouped = enable_gqa and query.shape[2] % key.shape[2] == 0
+        fit = query.shape[3] == key.shape[3] and (grouped or query.shape[2] == key.shape[2])
+        if not fit or (grid.queries is None and query.shape[1] != key.shape[1]):
             return f"queries {list(query.shape[1:])} and keys {list(key.shape[1:])} differ in shape"
-        if query.shape[1] != forward.grid.num_tokens:
-            return f"a sequence of {query.shape[1]} tokens, where the grid {forward.grid} has {forward.grid.num_tokens}"
-        block = self.method.block_size(forward.grid)[1]
-        if -(-key.shape[1] // block) < MIN_BLOCKS:
-            return f"{key.shape[1]} tokens are too few: fewer than {MIN_BLOCKS} blocks of {block}"
+        if query.shape[1] != grid.num_queries:
+            return f"a sequence of {query.shape[1]} tokens, where the grid {grid} has {grid.num_queries}"
+        block = self.method.block_size(grid)[1]
+        if -(-grid.num_tokens // block) < MIN_BLOCKS:
+            return (
+                f"{grid.num_tokens} tokens are too few: fewer than {MIN_BLOCKS} blocks of {block}"
+            )
         return None
+
+    def _visible(self, attn_mask: Tensor | None, key: Tensor) -> Visible | str:
+        """What the model's own mask shows of the keys, or why that cannot be served; one reading serves all layers."""
+        grid, visible = self._forward.grid, Visible(keys=key.shape[1])
+        if attn_mask is not None and self.adapter.reads_masks:
+            read, visible = self._mask_read
+            if read is not attn_mask:
+                try:
+                    visible = read_mask(attn_mask, self.method.block_size(grid))
+                except ValueError as error:
+                    visible = str(error)
+                self._mask_read = (attn_mask, visible)
+        if not isinstance(visible, str) and visible.keys != grid.num_tokens:
+            return f"{visible.keys} keys, where the grid {grid} has {grid.num_tokens}"
+        return visible
 
     def _looks_ahead(self, site: AttentionSite) -> bool:
         """Whether this is the last dense call of its layer and the method wants to choose blocks in it."""
@@ -358,15 +408,19 @@ class RunState:
 
         With a `dense_reason` the call is dense whatever the method says, and only chooses blocks for the next.
         """
-        method, grid, tokens = self.method, site.grid, query.shape[1]
+        method, grid, lengths = self.method, site.grid, (query.shape[1], key.shape[1])
         block_size = method.block_size(grid)
+        if query.shape[2] != key.shape[2]:
+            # Blocks are chosen by query head, and a kernel walks the keys of one head each.
+            group = query.shape[2] // key.shape[2]
+            key, value = (x.repeat_interleave(group, dim=2) for x in (key, value))
         backend = _backend_for(
             query.device.type, query.dtype, query.shape[-1], block_size, method.backend
         )
         if backend.name == "reference":
             return None, f"no fast kernel: {backend.reason}"
         order = method.order(site)
-        slot = self._slot(site.branch, index, query, block_size, grid, order)
+        slot = self._slot(index, site, query, block_size, order)
         choosing = method.refreshes(site, slot.refreshed_at)
         if dense_reason is not None or (
             choosing and method.searches_dense(site, slot.refreshed_at)
@@ -400,7 +454,7 @@ class RunState:
             with part("mask", device):
                 keep = method.keep_blocks(q, k, site, lse=slot.lse)
                 mask = slot.store(
-                    keep, forced, block_size, tokens, want_mask=visits == "descending"
+                    keep, forced, block_size, lengths, want_mask=visits == "descending"
                 )
                 slot.refreshed_at = site.step
         # On the CPU reading the density costs nothing, and above break-even the exact result is also the faster one:
@@ -421,7 +475,7 @@ class RunState:
             q, k, v = order.apply(grid, query, key, value, heads=slot.heads)
         if mask is None or visits != "descending":
             with part("mask", device):
-                mask = slot.mask(block_size, tokens, visits)
+                mask = slot.mask(block_size, lengths, visits)
         if self.witness is not None:
             self._show(
                 index,
@@ -448,7 +502,7 @@ class RunState:
         if threshold is not None:
             # A vote names only blocks that were visited: with what is forced it is the next mask.
             with part("mask", device):
-                slot.store(result.vote, forced, block_size, tokens, want_mask=False)
+                slot.store(result.vote, forced, block_size, lengths, want_mask=False)
         self._record(index, site, query, density, backend)
         # The reordered copies make room for the output in its own order.
         del q, k, v
@@ -465,9 +519,11 @@ class RunState:
         backend: str,
     ) -> Tensor:
         """Dense attention, whose log-sum-exp makes the block mass that blocks are chosen by half as dear."""
-        method, grid, tokens = self.method, site.grid, query.shape[1]
+        method, grid, lengths = self.method, site.grid, (query.shape[1], key.shape[1])
         block_size = method.block_size(grid)
-        everything = _everything(block_size, tokens, query.device)
+        everything = _everything(block_size, lengths, query.device)
+        if site.visible is not None:
+            everything = BlockMask.from_dense(site.visible, block_size, lengths)
         result = run_backend(
             backend,
             query,
@@ -488,7 +544,7 @@ class RunState:
         forced = _forced(method, grid, q.device, order is not None)
         with self.recorder.part("mask", query.device):
             keep = method.keep_blocks(q, k, site, lse=lse)
-            slot.store(keep, forced, block_size, tokens, want_mask=False)
+            slot.store(keep, forced, block_size, lengths, want_mask=False)
         slot.refreshed_at = site.step
         slot.lse = lse.half() if method.keeps_lse else None
         return result.out
@@ -499,25 +555,25 @@ class RunState:
 
     def _slot(
         self,
-        branch: str,
         index: int,
+        site: AttentionSite,
         query: Tensor,
         block_size: tuple[int, int],
-        grid: TokenGrid,
         order: TokenOrder | None,
     ) -> MaskSlot:
-        layers = self._slots.get(branch)
+        layers = self._slots.get(site.branch)
         if layers is None:
-            layers = self._slots[branch] = [None] * len(self.layers)
+            layers = self._slots[site.branch] = [None] * len(self.layers)
             if len(self._slots) > MAX_BRANCHES:
                 self._slots.popitem(last=False)
         else:
-            self._slots.move_to_end(branch)
-        # A mask says nothing about tokens in another order.
-        layout = (grid, block_size, order, query.shape[0], query.shape[2], query.device)
-        if layers[index] is None or layers[index].layout != layout:
-            layers[index] = MaskSlot(layout)
-        return layers[index]
+            self._slots.move_to_end(site.branch)
+        # A mask says nothing about tokens in another order, or about blocks that were hidden when it was made.
+        layout = (site.grid, block_size, order, query.shape[0], query.shape[2], query.device)
+        slot = layers[index]
+        if slot is None or slot.layout != layout or not _same(slot.visible, site.visible):
+            slot = layers[index] = MaskSlot(layout, site.visible)
+        return slot
 
     def _record(
         self, index: int, site: AttentionSite, query: Tensor, density: Tensor, backend
@@ -527,7 +583,7 @@ class RunState:
         recorder.backends.setdefault(backend.name, backend.reason)
         if recorder.attention_share is None:
             tokens, width = query.shape[1], query.shape[2] * query.shape[3]
-            attention = 4 * tokens * tokens * width
+            attention = 4 * tokens * site.grid.num_tokens * width
             if query.device.type == "cuda" and query.shape[0] * attention < LAUNCH_BOUND_FLOP:
                 recorder.warn(
                     f"{tokens} tokens in {query.shape[2]} heads are too little work for a GPU: launching kernels takes "
@@ -550,8 +606,14 @@ def _backend_for(
 
 
 @functools.lru_cache(maxsize=8)
-def _everything(block_size: tuple[int, int], tokens: int, device: torch.device) -> BlockMask:
-    return BlockMask.full(block_size, (tokens, tokens), device=device)
+def _everything(
+    block_size: tuple[int, int], lengths: tuple[int, int], device: torch.device
+) -> BlockMask:
+    return BlockMask.full(block_size, lengths, device=device)
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
 def _scale(site: AttentionSite, query: Tensor) -> float:
@@ -563,15 +625,6 @@ def _forced(method: Method, grid: TokenGrid, device: torch.device, reordered: bo
     """What stays whatever the method chooses, `bool [Mq, Nk]`."""
     keep = forced_blocks(grid, method.block_size(grid), device=device, reordered=reordered)
     own = method.always(grid)
-    return keep if own is None else keep | own.to(device)
-
-
-def _linear_weights(model: nn.Module) -> int:
-    """Weights that every token meets: the linear layers inside the model's lists of blocks."""
-    blocks = (m for m in model.children() if isinstance(m, nn.ModuleList))
-    return sum(
-        m.in_features * m.out_features
-        for b in blocks
-        for m in b.modules()
-        if isinstance(m, nn.Linear)
-    )
+    keep = keep if own is None else keep | own.to(device)
+    # Who asks comes last, in blocks of its own; what is forced for one is forced for all.
+    return keep[: -(-grid.num_queries // method.block_size(grid)[0])]

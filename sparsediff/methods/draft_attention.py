@@ -41,6 +41,7 @@ class DraftAttention(Method):
 
     name: ClassVar[str] = "draft_attention"
     summary: ClassVar[str] = "attention between 8x16 patch averages picks the blocks, at every step"
+    needs_video: ClassVar[str] = "pools patches of frames"
     citation: ClassVar[str] = "arXiv:2505.14708"
 
     sparsity: float = 0.75

@@ -59,6 +59,7 @@ class PAROAttention(StaticMethod):
     summary: ClassVar[str] = (
         "axis order by head and static blocks by stretch of steps, calibrated offline"
     )
+    needs_video: ClassVar[str] = "reorders frames, rows and columns"
     citation: ClassVar[str] = "arXiv:2506.16054"
     run_time: ClassVar[frozenset[str]] = frozenset({"int8"})
 
