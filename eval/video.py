@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +70,11 @@ def read_video(path: str | Path) -> tuple[Tensor, float]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        pixels = iio.imread(path, plugin="FFMPEG")
-        fps = float(iio.immeta(path, plugin="FFMPEG")["fps"])
+        with warnings.catch_warnings():
+            # imageio-ffmpeg leaves its pipes to the garbage collector where ffmpeg ends first.
+            warnings.simplefilter("ignore", ResourceWarning)
+            pixels = iio.imread(path, plugin="FFMPEG")
+            fps = float(iio.immeta(path, plugin="FFMPEG")["fps"])
     except (OSError, RuntimeError, IndexError, KeyError) as error:
         reason = str(error).strip().splitlines()
         raise ValueError(
