@@ -7,13 +7,13 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from sparsediff.eval.captured import Capture, CapturedCall
 from sparsediff.eval.results import ArmResult, ClipResult, Results
+from sparsediff.eval.video import read_video
 from sparsediff.token_grid import TokenGrid, TokenOrder, Window
 
 if TYPE_CHECKING:
@@ -153,11 +153,10 @@ def window_name(window: Window) -> str:
 
 def stills(path: Path, latent_frames: int) -> list[str]:
     """A picture for each latent frame of a clip, as data URIs."""
-    import imageio.v3 as iio
-
-    frames = list(iio.imiter(path, plugin="FFMPEG"))
-    picks = np.linspace(0, len(frames) - 1, latent_frames).round().astype(int)
-    return [_data_uri(Image.fromarray(frames[i])) for i in picks]
+    video, _ = read_video(path)
+    picks = torch.linspace(0, len(video) - 1, latent_frames).round().long()
+    pixels = (video[picks] * 255).round().to(torch.uint8).numpy()
+    return [_data_uri(Image.fromarray(frame)) for frame in pixels]
 
 
 def _data_uri(image: Image.Image) -> str:

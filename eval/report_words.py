@@ -46,47 +46,38 @@ def page_words(
 
 
 def _headline(arm: ArmSummary, results: Results) -> str:
-    if arm.role == "dense" or results.dense is None:
-        return (
-            "Only dense clips so far: add a method to compare with."
-            if arm.role == "dense"
-            else "There is no dense arm to compare with: these are densities and times alone."
-        )
-    quality = _quality(arm)
-    speed = arm.denoiser_speedup
-    if speed is None:
-        return (
-            f"{arm.label} {quality}."
-            if quality
-            else f"{arm.label} ran at density {arm.density.mean:.2f}."
-        )
+    if arm.role == "dense":
+        return "Only dense clips so far: add a method to compare with."
+    if results.dense is None or arm.denoiser_speedup is None:
+        return "There is no dense arm to compare with: these are densities and times alone."
+    quality = f", at {said}" if (said := _quality(arm)) else ""
+    speed = arm.denoiser_speedup.mean
     if is_faster(arm):
         return (
-            f"{arm.label} makes the denoiser {speed.mean:.2f} times as fast as dense attention"
-            + (f" and {quality}." if quality else ".")
+            f"{arm.label} makes the denoiser {speed:.2f} times as fast as dense attention{quality}."
         )
-    slower = (
-        f"takes {1 / speed.mean:.2f} times as long as dense"
-        if speed.mean < 0.995
-        else "is as fast as dense"
-    )
-    if speed.mean >= 1.005:
-        slower = f"is {speed.mean:.2f} times as fast as dense, within chance,"
-    return f"No method is reliably faster here: {arm.label}, the closest, {slower}" + (
-        f" and {quality}." if quality else "."
-    )
+    if speed < 0.995:
+        slower = f"takes {1 / speed:.2f} times as long as dense"
+    elif speed < 1.005:
+        slower = "is as fast as dense"
+    else:
+        slower = f"is {speed:.2f} times as fast as dense, which may be chance"
+    return f"No method is reliably faster here: {arm.label}, the closest, {slower}{quality}."
 
 
 def _quality(arm: ArmSummary) -> str:
-    name = headline_metric([arm])
+    """How close its clips are, to follow "at"; "" if nobody measured."""
     if arm.clips and arm.identical == arm.clips:
-        return "gives identical clips"
+        return "identical clips"
+    name = headline_metric([arm])
     if name is None:
         return ""
-    value, metric = format_metric(name, arm.metrics[name].mean), METRICS[name]
-    if name == "psnr":
-        return f"stays within {value} PSNR of it"
-    return f"is at {metric.label} {value} to it"
+    value = format_metric(name, arm.metrics[name].mean)
+    return (
+        f"{value} PSNR to the dense clips"
+        if name == "psnr"
+        else f"{METRICS[name].label} {value} to the dense clips"
+    )
 
 
 def _lede(arm: ArmSummary, summaries: tuple[ArmSummary, ...]) -> list[str]:
@@ -106,7 +97,7 @@ def _lede(arm: ArmSummary, summaries: tuple[ArmSummary, ...]) -> list[str]:
         quality = _quality(fastest)
         said.append(
             f"Fastest is {fastest.label}: {fastest.denoiser_speedup.mean:.2f} times as fast"
-            + (f"; it {quality}." if quality else ".")
+            + (f", at {quality}." if quality else ".")
         )
     said.append(
         "Watch the clips below: figures say how far a clip is from the dense one, not how good it is."
