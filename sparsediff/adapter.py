@@ -26,6 +26,7 @@ ADAPTERS = {
     "EasyAnimateTransformer3DModel": "sparsediff.pipelines.easyanimate:EasyAnimateAdapter",
     "Flux2Transformer2DModel": "sparsediff.pipelines.flux2:Flux2Adapter",
     "FluxTransformer2DModel": "sparsediff.pipelines.flux:FluxAdapter",
+    "HunyuanVideo15Transformer3DModel": "sparsediff.pipelines.hunyuan_video15:HunyuanVideo15Adapter",
     "HunyuanVideoTransformer3DModel": "sparsediff.pipelines.hunyuan_video:HunyuanVideoAdapter",
     "LLaDA2MoeModelLM": "sparsediff.pipelines.llada2:LLaDA2Adapter",
     "LTX2VideoTransformer3DModel": "sparsediff.pipelines.ltx2:LTX2Adapter",
