@@ -11,8 +11,26 @@ from sparsediff.block_mask import BlockMask
 from sparsediff.kernels.block_bitmap import pack_mask
 from sparsediff.kernels.block_lists import Visits
 
-# Index lists are 32 times the bitmap: kept between steps only while they are small.
-LIST_CACHE_BYTES = 4 << 20
+# Index lists are 32 times the bitmap: kept between steps only while they are small, 84 MB in 40 layers of two branches.
+LIST_CACHE_BYTES = 1 << 20
+# What a run may keep between steps without a word: Wan 14B at 720p in both branches takes 140 MB in blocks of 128.
+STATE_TARGET_BYTES = 160_000_000
+
+
+def slot_bytes(
+    batch: int,
+    heads: int,
+    lengths: tuple[int, int],
+    block_size: tuple[int, int],
+    *,
+    keeps_lse: bool,
+) -> tuple[int, int]:
+    """What one layer will keep in one branch for a mask over `lengths` tokens: of the mask, and of the log-sum-exp."""
+    rows, columns = (-(-n // b) for n, b in zip(lengths, block_size, strict=True))
+    blocks = batch * heads * rows
+    lists = 4 * blocks * columns
+    masks = blocks * -(-columns // 8) + (lists if lists <= LIST_CACHE_BYTES else 0)
+    return masks, 2 * batch * heads * lengths[0] if keeps_lse else 0
 
 
 @dataclass

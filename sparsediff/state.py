@@ -34,7 +34,7 @@ from sparsediff.padding import Packing, pack_padding, valid_keys
 from sparsediff.processor import STATES
 from sparsediff.recorder import Recorder
 from sparsediff.schedule import UNKNOWN_STEPS, Schedule
-from sparsediff.slot import MaskSlot
+from sparsediff.slot import STATE_TARGET_BYTES, MaskSlot, slot_bytes
 from sparsediff.timing import mark
 from sparsediff.token_grid import TokenGrid, TokenOrder
 from sparsediff.witness import Witness, WitnessedCall
@@ -573,7 +573,36 @@ class RunState:
         slot = layers[index]
         if slot is None or slot.layout != layout or not _same(slot.visible, site.visible):
             slot = layers[index] = MaskSlot(layout, site.visible)
+            self._tell_memory(query, site.grid.num_tokens, block_size)
         return slot
+
+    def _tell_memory(self, query: Tensor, tokens: int, block_size: tuple[int, int]) -> None:
+        """Warn once of more memory than people expect masks to take."""
+        masks, lse = (
+            len(self.layers) * part
+            for part in slot_bytes(
+                query.shape[0],
+                query.shape[2],
+                (query.shape[1], tokens),
+                block_size,
+                keeps_lse=self.method.keeps_lse,
+            )
+        )
+        if (masks + lse) * len(self._slots) <= STATE_TARGET_BYTES:
+            return
+        what = (
+            f"{masks / 1e6:.0f} MB of masks in blocks of {block_size[0]} x {block_size[1]} tokens"
+        )
+        advice = []
+        if min(block_size) < 128:
+            advice.append("blocks of 128 take less")
+        if lse:
+            what += f" and {lse / 1e6:.0f} MB of log-sum-exps"
+            advice.append("searching once keeps no log-sum-exps")
+        self.recorder.warn(
+            f"{self.method.name} keeps {what} between steps, for each guidance branch"
+            + (f"; {', '.join(advice)}" if advice else "")
+        )
 
     def _record(
         self, index: int, site: AttentionSite, query: Tensor, density: Tensor, backend

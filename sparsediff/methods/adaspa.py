@@ -15,13 +15,12 @@ from torch import Tensor
 
 from sparsediff.budget import head_adaptive_top_k, row_top_k
 from sparsediff.kernels.block_scores import block_mass
-from sparsediff.methods.base import AttentionSite, Method
+from sparsediff.methods.base import AttentionSite, SquareBlockMethod
 from sparsediff.schedule import Schedule
-from sparsediff.token_grid import TokenGrid
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaSpa(Method):
+class AdaSpa(SquareBlockMethod):
     """Exact block mass at a few search steps, the best blocks of every row, budgets that follow the heads' recall.
 
     Attributes:
@@ -30,7 +29,7 @@ class AdaSpa(Method):
             looks first.  (Published: steps 10 and 30 of 50.)
         head_adaptive: shift budget from heads of high recall to heads of low recall.
         recall_limit: how many heads take part: those that recall more than this share of their mass.
-        block: tokens a block.
+        block: tokens a block: 32, 64 (published) or 128; None takes 64 up to 16,384 tokens and 128 beyond.
 
     There is no public code.  Two slips of the paper's pseudo-code are mended (a logarithm for the exponential, a
     running maximum that starts at 1), and the budgets are clamped where the formula leaves [0, 1] or takes more than half
@@ -46,7 +45,7 @@ class AdaSpa(Method):
     search: tuple[float, ...] = (0.2, 0.6)
     head_adaptive: bool = True
     recall_limit: float = 0.8
-    block: int = 64
+    block: int | None = None
 
     def __post_init__(self) -> None:
         self._require("sparsity", float, lambda x: 0 <= x < 1, "a share in [0, 1)")
@@ -62,7 +61,7 @@ class AdaSpa(Method):
         )
         self._require("head_adaptive", bool)
         self._require("recall_limit", float, lambda x: 0 <= x <= 1, "a share in [0, 1]")
-        self._require("block", int, lambda x: x in (32, 64, 128), "32, 64 or 128")
+        self._require_block()
 
     @property
     def keeps_lse(self) -> bool:
@@ -73,10 +72,6 @@ class AdaSpa(Method):
     def needs_step_count(self) -> bool:
         """Later searches come at shares of the steps."""
         return len(self.search) > 1
-
-    def block_size(self, grid: TokenGrid) -> tuple[int, int]:
-        """Square blocks."""
-        return (self.block, self.block)
 
     def refreshes(self, site: AttentionSite, last_refresh: int | None) -> bool:
         """At the first call that the schedule leaves to us, and at every later search step."""
@@ -91,10 +86,9 @@ class AdaSpa(Method):
     ) -> Tensor:
         """The heaviest blocks of each row of video; text columns are the caller's to add."""
         lse = None if lse is None else lse.float()
-        mass = block_mass(
-            query, key, (self.block,) * 2, scale=site.scale, lse=lse, kv_lengths=site.kv_lengths
-        )
-        video, density = site.grid.whole_blocks(self.block), 1.0 - self.sparsity
+        size = self.block_size(site.grid)
+        mass = block_mass(query, key, size, scale=site.scale, lse=lse, kv_lengths=site.kv_lengths)
+        video, density = site.grid.whole_blocks(size[0]), 1.0 - self.sparsity
         visual = mass[..., video, video]
         keep = torch.zeros_like(mass, dtype=torch.bool)
         keep[..., video, video] = (

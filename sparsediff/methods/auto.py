@@ -15,7 +15,6 @@ from sparsediff.methods.base import AttentionSite
 from sparsediff.methods.custom import Custom
 from sparsediff.token_grid import TokenGrid, TokenOrder, Window
 
-SHORT_SEQUENCE = 16_384  # tokens
 # Block -> (frames, height, width): a patch of one frame.
 PATCHES = {32: (1, 4, 8), 64: (1, 8, 8), 128: (1, 8, 16)}
 
@@ -26,8 +25,6 @@ class Auto(Custom):
 
     Attributes:
         density: share of key blocks that every query block keeps.
-        block: tokens a block.  None takes 64 for short sequences, where few blocks leave little to choose from, and
-            128 beyond 16,384 tokens.
         windows: `None` offers each head a patch of one frame and a column through all frames.
 
     The other parameters are those of `Custom`.
@@ -38,25 +35,13 @@ class Auto(Custom):
         "the default hybrid: short dense prefix, exact block mass once, order by head"
     )
 
-    block: int | None = None
     windows: tuple[Window, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.block is None or self.windows is None:
-            # What is left open is checked with stand-ins.
-            Custom(
-                **{
-                    **self.parameters(),
-                    "block": self.block or 64,
-                    "windows": self.windows or (),
-                }
-            )
+        if self.windows is None:
+            Custom(**{**self.parameters(), "windows": ()})  # checks the rest
         else:
             super().__post_init__()
-
-    def block_size(self, grid: TokenGrid) -> tuple[int, int]:
-        """Square blocks."""
-        return (self.block or (64 if grid.num_tokens <= SHORT_SEQUENCE else 128),) * 2
 
     def order(self, site: AttentionSite) -> TokenOrder | None:
         """A patch or a column, as the head likes."""

@@ -15,6 +15,9 @@ from sparsediff.kernels.block_lists import Visits
 from sparsediff.schedule import Schedule
 from sparsediff.token_grid import TokenGrid, TokenOrder
 
+SHORT_SEQUENCE = 16_384  # tokens
+BLOCKS = (32, 64, 128)  # tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSite:
@@ -178,6 +181,24 @@ class Method(ABC):
     def __str__(self) -> str:
         inside = ", ".join(f"{k}={v!r}" for k, v in self.parameters().items())
         return f"{self.name}({inside})"
+
+
+class SquareBlockMethod(Method):
+    """A method of square blocks whose field `block` may be None: then their size goes by the length of the sequence.
+
+    64 tokens leave more to choose from where blocks are few; beyond 16,384 tokens 128 do, and masks of 64 would take
+    four times the memory.
+    """
+
+    block: int | None
+
+    def block_size(self, grid: TokenGrid) -> tuple[int, int]:
+        """`block` tokens of both sides."""
+        return (self.block or (64 if grid.num_tokens <= SHORT_SEQUENCE else 128),) * 2
+
+    def _require_block(self) -> None:
+        if self.block is not None:
+            self._require("block", int, lambda x: x in BLOCKS, "32, 64, 128 or None")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,9 @@ from sparsediff.budget import (
     row_top_p,
 )
 from sparsediff.kernels.block_scores import block_mass, pooled_scores
-from sparsediff.methods.base import AttentionSite, Method
+from sparsediff.methods.base import AttentionSite, SquareBlockMethod
 from sparsediff.schedule import Schedule
-from sparsediff.token_grid import TokenGrid, TokenOrder, Window
+from sparsediff.token_grid import TokenOrder, Window
 
 Producer = Literal["mass", "pooled"]
 Budget = Literal["row_top_k", "row_top_p", "head_percentile", "head_adaptive"]
@@ -30,7 +30,7 @@ SAMPLED_BLOCKS = 32  # query blocks of each head that a window is judged by
 
 
 @dataclass(frozen=True, kw_only=True)
-class Custom(Method):
+class Custom(SquareBlockMethod):
     """A hybrid put together from the parts of the published methods.
 
     Attributes:
@@ -42,7 +42,7 @@ class Custom(Method):
         windows: which tokens share a block: `()` keeps the sequence, one window serves all heads, of several each head
             takes the one under which it keeps the most mass.  A window is `(frames, height, width)` or an order of
             the axes such as `"HWF"`.
-        block: tokens a block.
+        block: tokens a block: 32, 64 or 128; None takes 64 up to 16,384 tokens and 128 beyond.
         refresh: when blocks are chosen again after the first time: None (never), every so many steps (int), or at
             shares of the steps (tuple).
         search: how the first choice is made: `"ahead"` (in the last dense step of the schedule; where that is not
@@ -59,7 +59,7 @@ class Custom(Method):
     producer: Producer = "mass"
     budget: Budget = "row_top_k"
     windows: tuple[Window, ...] = ()
-    block: int = 64
+    block: int | None = None
     refresh: int | tuple[float, ...] | None = None
     search: Literal["ahead", "dense", "sparse"] = "ahead"
     vote_threshold_log2: float | None = None
@@ -72,7 +72,7 @@ class Custom(Method):
             "search": ("ahead", "dense", "sparse"),
         }.items():
             self._require(name, str, lambda x, k=kinds: x in k, f"one of {', '.join(kinds)}")
-        self._require("block", int, lambda x: x in (32, 64, 128), "32, 64 or 128")
+        self._require_block()
         self._require("windows", tuple, lambda x: True, "a tuple of windows")
         if self.windows:
             TokenOrder(self.windows)  # refuses what is no window
@@ -99,10 +99,6 @@ class Custom(Method):
     def needs_step_count(self) -> bool:
         """Refreshing at shares of the steps does."""
         return isinstance(self.refresh, tuple) and len(self.refresh) > 0
-
-    def block_size(self, grid: TokenGrid) -> tuple[int, int]:
-        """Square blocks."""
-        return (self.block, self.block)
 
     def order(self, site: AttentionSite) -> TokenOrder | None:
         """The windows, if there are any."""

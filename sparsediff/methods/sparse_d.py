@@ -14,19 +14,20 @@ from torch import Tensor
 
 from sparsediff.budget import segment_top_k
 from sparsediff.kernels.block_scores import block_mass
-from sparsediff.methods.base import AttentionSite, Method
+from sparsediff.methods.base import AttentionSite, SquareBlockMethod
 from sparsediff.schedule import Schedule
 from sparsediff.token_grid import TokenGrid
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseD(Method):
+class SparseD(SquareBlockMethod):
     """One exact mask a head, made once, at the end of a dense prefix.
 
     Attributes:
         skip: share of the steps that stay dense before the mask is made; the step that makes it is dense too.
         select: share of key blocks that a query block keeps, of the prompt's and of the generation's.
-        block: tokens a block, 32, 64 or 128 (published: 128 for long sequences, 32 for short tasks).
+        block: tokens a block: 32, 64 or 128 (published: 128 for long sequences, 32 for short tasks); None takes 64 up to
+            16,384 tokens and 128 beyond.
 
     Mended against the published code: each side gets its own `select` as the paper says (there, what the prompt gets
     is what a mixed choice leaves it), logits are scaled by `1 / sqrt(D)` (there, for one model, by the number of
@@ -39,16 +40,12 @@ class SparseD(Method):
 
     skip: float = 0.2
     select: float = 0.3
-    block: int = 128
+    block: int | None = None
 
     def __post_init__(self) -> None:
         self._require("skip", float, lambda x: 0 <= x < 1, "a share of the steps in [0, 1)")
         self._require("select", float, lambda x: 0 < x <= 1, "a share of the blocks in (0, 1]")
-        self._require("block", int, lambda x: x in (32, 64, 128), "32, 64 or 128")
-
-    def block_size(self, grid: TokenGrid) -> tuple[int, int]:
-        """Square blocks."""
-        return (self.block, self.block)
+        self._require_block()
 
     def searches_dense(self, site: AttentionSite, last_refresh: int | None) -> bool:
         """The step that makes the mask does not use it yet."""
@@ -58,10 +55,9 @@ class SparseD(Method):
         self, query: Tensor, key: Tensor, site: AttentionSite, *, lse: Tensor | None = None
     ) -> Tensor:
         """For every query block the heaviest blocks of each segment; a block on the border is the prompt's."""
-        mass = block_mass(
-            query, key, (self.block,) * 2, scale=site.scale, lse=lse, kv_lengths=site.kv_lengths
-        )
-        return segment_top_k(mass, self.select, segments(site.grid, self.block))
+        size = self.block_size(site.grid)
+        mass = block_mass(query, key, size, scale=site.scale, lse=lse, kv_lengths=site.kv_lengths)
+        return segment_top_k(mass, self.select, segments(site.grid, size[0]))
 
     def default_schedule(self) -> Schedule:
         """The dense prefix."""

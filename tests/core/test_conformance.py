@@ -99,7 +99,7 @@ def assert_chosen(keep, chosen, scores):
 
 
 def check_sparse_d(grid, q, k, method):
-    block = method.block
+    block = method.block_size(grid)[0]
     keep = method.keep_blocks(q, k, site(grid))
     video = whole_video_blocks(grid, block)
     blocks = -(-grid.num_tokens // block)
@@ -159,7 +159,7 @@ def adaspa_densities(recalls, sparsity, limit):
 
 
 def check_adaspa(grid, q, k, method, lse=None):
-    block, density = method.block, 1 - method.sparsity
+    block, density = method.block_size(grid)[0], 1 - method.sparsity
     keep = method.keep_blocks(q, k, site(grid), lse=lse)
     video = whole_video_blocks(grid, block)
     for b in range(q.shape[0]):

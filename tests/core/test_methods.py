@@ -8,16 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsediff import (
+    AdaSpa,
     AttentionSite,
     Auto,
     Custom,
     DraftAttention,
     LiteAttention,
     Schedule,
+    SparseD,
     TokenGrid,
 )
 from sparsediff.budget import head_percentile, row_top_k
 from sparsediff.methods import METHODS, build_method
+from sparsediff.slot import STATE_TARGET_BYTES, slot_bytes
+
+
+def needs_calibration(name):
+    return getattr(METHODS[name], "needs_calibration", False)
 
 
 def site(grid, **changes):
@@ -148,10 +155,44 @@ def test_a_hybrid_looks_again_as_told():
     ] * 2
 
 
-def test_auto_takes_coarser_blocks_for_long_sequences():
-    assert Auto().block_size(TokenGrid.video(9, 16, 16)) == (64, 64)
-    assert Auto().block_size(TokenGrid.video(21, 45, 80)) == (128, 128)
-    assert Auto(block=128).block_size(TokenGrid.video(9, 16, 16)) == (128, 128)
+@pytest.mark.parametrize("method", [Auto, AdaSpa, Custom, SparseD])
+def test_blocks_are_coarser_for_long_sequences_unless_told_otherwise(method):
+    short, border, long = (TokenGrid.video(n, 16, 16) for n in (9, 64, 65))
+    assert border.num_tokens == 16_384
+    assert [method().block_size(grid) for grid in (short, border, long)] == [
+        (64, 64),
+        (64, 64),
+        (128, 128),
+    ]
+    for block in (32, 64, 128):
+        assert method(block=block).block_size(long) == (block, block)
+    for wrong in (96, 0, 64.0, True):
+        with pytest.raises(ValueError, match="block must be 32, 64, 128 or None"):
+            method(block=wrong)
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if not needs_calibration(n)])
+def test_masks_of_wan_14b_at_720p_stay_under_their_target(name):
+    """40 layers of 40 heads, two guidance branches; by arithmetic."""
+    grid, method = TokenGrid.video(21, 45, 80), build_method(name)
+    lengths = (grid.num_tokens, grid.num_tokens)
+    size = method.block_size(grid)
+    masks, lse = slot_bytes(1, 40, lengths, size, keeps_lse=method.keeps_lse)
+    assert size == (128, 128)
+    assert masks * 40 * 2 == 40 * 591 * 74 * 80 <= STATE_TARGET_BYTES
+    # AdaSpa's second search is the one thing that takes more, and it is told.
+    assert lse == (40 * 75_600 * 2 if name == "adaspa" else 0)
+    published = slot_bytes(1, 40, lengths, (64, 64), keeps_lse=False)[0]
+    assert published * 40 * 2 > 3.9 * masks * 40 * 2
+
+
+def test_lists_are_cached_only_while_all_layers_together_are_small():
+    for tokens in range(1_000, 80_000, 1_000):
+        for block in (64, 128):
+            masks, _ = slot_bytes(1, 40, (tokens, tokens), (block, block), keeps_lse=False)
+            rows = math.ceil(tokens / block)
+            bitmap = 40 * rows * math.ceil(rows / 8)
+            assert (masks - bitmap) * 40 * 2 <= 90_000_000
 
 
 def test_lite_attention_starts_from_everything_once():
@@ -187,7 +228,7 @@ def test_every_method_describes_itself(name):
         (lambda: DraftAttention(sub_blocks=3), "divides pool_h"),
         (lambda: DraftAttention(row_minimum=0), "row_minimum must be a whole number >= 1"),
         (lambda: Auto(density=0.0), r"density must be a share in \(0, 1\]"),
-        (lambda: Auto(block=96), "block must be 32, 64 or 128"),
+        (lambda: Auto(block=96), "block must be 32, 64, 128 or None"),
         (lambda: Auto(refresh=0), "refresh must be None, a number of steps >= 1"),
         (lambda: DraftAttention(pool_h=8.0), "pool_h must be a whole number"),
         (lambda: LiteAttention(tile=(64.0, 64.0)), "two sizes >= 16"),

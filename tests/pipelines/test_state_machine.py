@@ -25,6 +25,7 @@ from sparsediff import (
 )
 from sparsediff.api import watch
 from sparsediff.pipelines.wan import WanAdapter
+from sparsediff.slot import slot_bytes
 from sparsediff.testing import random_wan_pipeline
 
 SEARCH = "search: blocks are chosen from exact attention"
@@ -282,6 +283,21 @@ def test_state_bytes_count_masks_and_log_sum_exp(pipe):
             assert {(x.dtype, tuple(x.shape)) for x in kept} == {(torch.float16, (1, 2, 320))}
     assert held[(0.2, 0.6)] - held[(0.2,)] == LAYERS * BRANCHES * 2 * 320 * 2
     assert held[(0.2,)] == LAYERS * BRANCHES * 2 * (5 + 5 * 5 * 4)
+
+
+def test_more_memory_than_a_run_should_keep_is_told_once(pipe, monkeypatch):
+    """Both guidance branches count, and what is told beforehand is what is kept."""
+    of_layer = sum(slot_bytes(1, 2, (320, 320), (64, 64), keeps_lse=True))
+    with sparsediff.enable(pipe, AdaSpa()) as handle:
+        generate(pipe)
+        assert handle.states[0].state_bytes() == LAYERS * BRANCHES * of_layer
+    said = "blocks of 64 x 64 tokens and 0 MB of log-sum-exps between steps, for each guidance branch; blocks of 128"
+    monkeypatch.setattr("sparsediff.state.STATE_TARGET_BYTES", LAYERS * BRANCHES * of_layer - 1)
+    with sparsediff.enable(pipe, AdaSpa()):
+        with pytest.warns(RuntimeWarning, match=said) as told:
+            generate(pipe)
+        assert len(told) == 1
+        generate(pipe)
 
 
 EVERY_METHOD = [
