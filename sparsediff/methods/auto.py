@@ -7,12 +7,13 @@ nothing needs calibrating; and from all of them the finding that the pattern har
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import ClassVar
 
 from sparsediff.methods.base import AttentionSite
 from sparsediff.methods.custom import Custom
+from sparsediff.methods.sparse_d import SparseD
 from sparsediff.token_grid import TokenGrid, TokenOrder, Window
 
 # Block -> (frames, height, width): a patch of one frame.
@@ -42,6 +43,25 @@ class Auto(Custom):
             Custom(**{**self.parameters(), "windows": ()})  # checks the rest
         else:
             super().__post_init__()
+
+    def for_text(self) -> SparseD:
+        """SparseD, of which this method is a descendant, with the same share of blocks.
+
+        Raises:
+            ValueError: a parameter is set that SparseD does not know.
+        """
+        strange = {
+            f.name
+            for f in fields(self)
+            if f.name not in ("density", "block") and getattr(self, f.name) != f.default
+        }
+        if strange:
+            raise ValueError(
+                f"auto is sparse_d on a language model, which has no {', '.join(sorted(strange))}; "
+                "leave it out, or use 'sparse_d'"
+            )
+        block = {} if self.block is None else {"block": self.block}
+        return SparseD(select=self.density, **block)
 
     def order(self, site: AttentionSite) -> TokenOrder | None:
         """A patch or a column, as the head likes."""

@@ -32,6 +32,7 @@ class SparseD(SquareBlockMethod):
     Mended against the published code: each side gets its own `select` as the paper says (there, what the prompt gets
     is what a mixed choice leaves it), logits are scaled by `1 / sqrt(D)` (there, for one model, by the number of
     heads), and any length works with any block.  In a video, text stays dense besides, as everywhere in this library.
+    Where a language model writes block by block, a longer context gets a mask of its own, made in one dense step.
     """
 
     name: ClassVar[str] = "sparse_d"
@@ -57,7 +58,7 @@ class SparseD(SquareBlockMethod):
         """For every query block the heaviest blocks of each segment; a block on the border is the prompt's."""
         size = self.block_size(site.grid)
         mass = block_mass(query, key, size, scale=site.scale, lse=lse, kv_lengths=site.kv_lengths)
-        return segment_top_k(mass, self.select, segments(site.grid, size[0]))
+        return segment_top_k(mass, self.select, segments(site.grid, size[0]), site.visible)
 
     def default_schedule(self) -> Schedule:
         """The dense prefix."""
