@@ -93,6 +93,7 @@ class _Packer:
         self.known: dict[int, str] = {}
         self.places: dict[tuple[TokenGrid, Window], str] = {}
         self.no_mass = False
+        self.held: list[Tensor] = []  # an identity is only one while the tensor lives
 
     def call(self, call: CapturedCall) -> dict[str, object] | None:
         """One call, or None where its mask does not fit."""
@@ -101,8 +102,11 @@ class _Packer:
             bits = self._tensor(call.bitmap)
             if bits is None:
                 return None
-        mass = None if call.mass is None else self._tensor(call.mass, mass_to_bytes)
-        self.no_mass |= call.mass is not None and mass is None
+        mass = kept = None
+        if call.mass is not None:
+            mass = self._tensor(call.mass, mass_to_bytes)
+            kept = self._tensor(kept_of_rows(call))
+            self.no_mass |= mass is None or kept is None
         named = bool(call.windows)
         return {
             "layer": call.layer,
@@ -117,16 +121,18 @@ class _Packer:
             "windowNames": [window_name(w) for w in call.windows] if named else None,
             "bits": bits,
             "shape": None if call.bitmap is None else list(call.bitmap.shape),
-            "mass": mass,
+            "mass": mass if kept else None,
+            "kept": kept,
             "density": call.density().tolist(),
         }
 
     def _tensor(self, tensor: Tensor, convert=lambda x: x) -> str | None:
         if id(tensor) not in self.known:
             packed = convert(tensor)
-            if not self.blobs.fits(packed.numel()):
+            if not self.blobs.fits(packed.nbytes):
                 return None
             self.known[id(tensor)] = self.blobs.add(packed.contiguous().numpy().tobytes())
+            self.held.append(tensor)
         return self.known[id(tensor)]
 
     def _place(self, grid: TokenGrid, window: Window) -> str:
@@ -142,6 +148,13 @@ def mass_to_bytes(mass: Tensor) -> Tensor:
     """Shares in [0, 1] as `uint8`, eight steps to a halving: 255 is 1, 0 is nothing."""
     steps = 255 + 8 * torch.log2(mass.float().clamp_min(1e-30))
     return torch.where(mass > 0, steps.round().clamp(1, 255), 0).to(torch.uint8)
+
+
+def kept_of_rows(call: CapturedCall) -> Tensor:
+    """Share of each query block's mass in the blocks it reads, 65535 to 1: `uint8 [B, H, Mq, 2]`, low byte first."""
+    kept = (call.mass.float() * call.keep()).sum(-1) / call.mass.float().sum(-1)
+    steps = (kept * 65535).round().to(torch.int32)
+    return torch.stack([steps & 255, steps >> 8], -1).to(torch.uint8)
 
 
 def window_name(window: Window) -> str:

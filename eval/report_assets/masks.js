@@ -215,10 +215,13 @@ class MaskViewer {
 
   tell(call, reads, row, share, mass) {
     const [rows, columns] = call.blocks;
-    let blocks = 0, kept = 0;
-    for (let c = 0; c < columns; c++) if (reads(row, c)) { blocks++; if (mass) kept += mass(row, c); }
+    let blocks = 0;
+    for (let c = 0; c < columns; c++) blocks += reads(row, c);
     const facts = [["Patch", `frame ${this.at[0]}, row ${this.at[1]}, column ${this.at[2]}`], ["Reads", `${blocks} of ${columns} blocks`], ["Of the video", percent(share)]];
-    if (mass) facts.push(["Of its attention", percent(Math.min(1, kept))]);
+    if (mass) {
+      const at = 2 * ((this.row * call.heads.length + this.head) * rows + row), [low, high] = bytes(call.kept).slice(at, at + 2);
+      facts.push(["Of its attention", percent((low + 256 * high) / 65535)]);
+    }
     facts.push(["Head density", digits(call.density[this.row][this.head], 3)], ["Block", `${call.block.join(" × ")} tokens`], ["Order", call.windowNames ? call.windowNames[call.windows[this.row % call.windows.length][this.head]] : "as in the sequence"]);
     if (this.mask.outside) facts.push(["Other tokens", this.mask.outside]);
     if (call.reason) facts.push(["Ran dense", call.reason]);

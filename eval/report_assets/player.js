@@ -230,6 +230,7 @@ class Player {
     this.panes[2].caption[1].textContent = "";
     this.readout.textContent = "";
     delete this.node.dataset.apart;
+    delete this.node.dataset.pairFrame;
   }
 
   setWipe(value) {

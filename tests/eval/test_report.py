@@ -10,7 +10,7 @@ import torch
 from sparsediff.block_mask import pack_bits
 from sparsediff.eval.captured import Capture, CapturedCall
 from sparsediff.eval.report import Blobs, json_for_script, write_report
-from sparsediff.eval.report_masks import mass_to_bytes
+from sparsediff.eval.report_masks import kept_of_rows, mass_to_bytes
 from sparsediff.eval.results import Check, load_results, save_arm
 from sparsediff.token_grid import TokenGrid
 
@@ -208,6 +208,14 @@ def test_mass_keeps_its_magnitude_in_a_byte():
     back = torch.where(packed > 0, 2.0 ** ((packed.float() - 255) / 8), 0.0)
     assert packed[0] == 0
     assert torch.allclose(back, mass, rtol=2 ** (1 / 16) - 1 + 1e-6)
+
+
+def test_the_share_of_attention_that_a_row_reads():
+    call = captured()
+    mass = torch.rand(1, 2, 5, 5, generator=torch.Generator().manual_seed(1)).half()
+    low, high = kept_of_rows(dataclasses.replace(call, mass=mass)).int().unbind(-1)
+    kept = torch.where(call.keep(), mass.float(), 0.0).sum(-1) / mass.float().sum(-1)
+    assert torch.allclose((low + 256 * high) / 65535, kept, atol=1e-5)
 
 
 def test_blobs_count_what_base64_makes_of_them():
