@@ -48,7 +48,7 @@ def random_wan_pipeline(
 
     with seeded(seed):
         parts = {
-            "tokenizer": _word_tokenizer(),
+            "tokenizer": word_tokenizer(),
             "text_encoder": _umt5_encoder(),
             "vae": _wan_vae(),
             "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -165,7 +165,8 @@ def _umt5_encoder():
     return UMT5EncoderModel(config).eval()
 
 
-def _word_tokenizer():
+def word_tokenizer():
+    """A tokenizer of the words of `CORPUS`."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
