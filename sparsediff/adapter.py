@@ -28,10 +28,12 @@ ADAPTERS = {
     "FluxTransformer2DModel": "sparsediff.pipelines.flux:FluxAdapter",
     "HunyuanVideo15Transformer3DModel": "sparsediff.pipelines.hunyuan_video15:HunyuanVideo15Adapter",
     "HunyuanVideoTransformer3DModel": "sparsediff.pipelines.hunyuan_video:HunyuanVideoAdapter",
+    "Kandinsky5Transformer3DModel": "sparsediff.pipelines.kandinsky5:Kandinsky5Adapter",
     "LLaDA2MoeModelLM": "sparsediff.pipelines.llada2:LLaDA2Adapter",
     "LTX2VideoTransformer3DModel": "sparsediff.pipelines.ltx2:LTX2Adapter",
     "LTXVideoTransformer3DModel": "sparsediff.pipelines.ltx:LTXAdapter",
     "QwenImageTransformer2DModel": "sparsediff.pipelines.qwen_image:QwenImageAdapter",
+    "SkyReelsV2Transformer3DModel": "sparsediff.pipelines.skyreels_v2:SkyReelsV2Adapter",
     "WanTransformer3DModel": "sparsediff.pipelines.wan:WanAdapter",
     "WanVACETransformer3DModel": "sparsediff.pipelines.wan:WanVACEAdapter",
     "ZImageTransformer2DModel": "sparsediff.pipelines.z_image:ZImageAdapter",
@@ -99,6 +101,13 @@ class ModelAdapter(ABC):
 
         Raises:
             ValueError: if the shapes do not make a whole grid.
+        """
+
+    def check_model(self, model: nn.Module) -> None:  # noqa: B027, most have nothing to refuse
+        """Refuse a model that is configured to attend in a way of its own.
+
+        Raises:
+            ValueError: the message says how to switch that off.
         """
 
     def check_layer(self, name: str, module: nn.Module) -> None:

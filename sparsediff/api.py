@@ -392,6 +392,7 @@ def _split(
 
 def _check_transformer(name: str, model: nn.Module, method: Method) -> None:
     adapter = adapter_for(model)
+    adapter.check_model(model)
     for layer, module, _ in adapter.attention_layers(model):
         adapter.check_layer(f"{name}.{layer}", module)
     parameter = next(model.parameters())

@@ -111,9 +111,10 @@ class Clock:
 
     def _read_run(self, scheduler: object, timestep: Tensor | None, step: int | None) -> Tick:
         pipe = self._pipe()
-        if step is None and hasattr(scheduler, "step_index"):
-            index = scheduler.step_index
-            step = 0 if index is None else index - self._first
+        index = getattr(scheduler, "step_index", None)
+        # None before the first step, and for ever where a pipeline steps copies of its scheduler (diffusion forcing).
+        if step is None and index is not None:
+            step = index - self._first
         elif step is None and getattr(pipe, "_current_timestep", None) is not None:
             current = pipe._current_timestep
             moved = self._current is not None and current is not self._current

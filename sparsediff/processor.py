@@ -79,6 +79,11 @@ def _backend(
         raise RuntimeError(
             f"the attention backend {BACKEND_NAME!r} is not for set_attention_backend(); call sparsediff.enable(pipe)"
         )
+    if not isinstance(attn_mask, Tensor | None):
+        raise TypeError(
+            f"sparsediff takes attention masks that are tensors, got {type(attn_mask).__name__}: switch the model's own "
+            "sparse attention off, or call sparsediff.disable(pipe)"
+        )
     # The operation has no backward, so calls that need one keep the stock path (RunState counts them).
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad
