@@ -32,7 +32,9 @@ ADAPTERS = {
     "LLaDA2MoeModelLM": "sparsediff.pipelines.llada2:LLaDA2Adapter",
     "LTX2VideoTransformer3DModel": "sparsediff.pipelines.ltx2:LTX2Adapter",
     "LTXVideoTransformer3DModel": "sparsediff.pipelines.ltx:LTXAdapter",
+    "MochiTransformer3DModel": "sparsediff.pipelines.mochi:MochiAdapter",
     "QwenImageTransformer2DModel": "sparsediff.pipelines.qwen_image:QwenImageAdapter",
+    "SD3Transformer2DModel": "sparsediff.pipelines.sd3:SD3Adapter",
     "SkyReelsV2Transformer3DModel": "sparsediff.pipelines.skyreels_v2:SkyReelsV2Adapter",
     "WanTransformer3DModel": "sparsediff.pipelines.wan:WanAdapter",
     "WanVACETransformer3DModel": "sparsediff.pipelines.wan:WanVACEAdapter",
@@ -102,6 +104,10 @@ class ModelAdapter(ABC):
         Raises:
             ValueError: if the shapes do not make a whole grid.
         """
+
+    def call_grid(self, grid: TokenGrid, layer: str, tokens: int) -> TokenGrid:
+        """The grid of one attention call of `tokens` queries in module `layer`, where not all calls see the same tokens."""
+        return grid
 
     def check_model(self, model: nn.Module) -> None:  # noqa: B027, most have nothing to refuse
         """Refuse a model that is configured to attend in a way of its own.

@@ -39,9 +39,9 @@ from sparsediff.timing import mark
 from sparsediff.token_grid import TokenGrid, TokenOrder
 from sparsediff.witness import Witness, WitnessedCall
 
-MAX_BRANCHES = (
-    8  # guidance branches whose masks are kept; more only if contexts go unnamed outside a pipeline
-)
+# Guidance branches, or samples of one, whose masks are kept: more if contexts go unnamed outside a pipeline, or batches
+# are large where a model attends sample by sample.
+MAX_BRANCHES = 8
 MIN_BLOCKS = 4  # a sequence of fewer key blocks leaves nothing to choose
 # Dense attention of one call, below which a GPU waits for launches.  Measured on one H200: 1.8e11 operations (13,312
 # tokens, 4 heads of 64) ran at half the speed of dense, 6.6e12 (32,760 tokens, 12 heads of 128) as fast as predicted.
@@ -105,7 +105,7 @@ class RunState:
         self._remembered: Mapping[str, object] = {}  # of the first call of the generation
         self._forward: _Forward | None = None
         self._calls_in_step: tuple[object, Counter] = (None, Counter())
-        self._seen: set[int] = set()  # layers that have come by in this forward
+        self._seen = Counter()  # how often each layer has come by in this forward
         self._linear_weights = adapter.linear_weights(model)
         self._mask_read: tuple[Tensor | None, Visible | str] = (None, "")
         STATES[self.key] = self
@@ -142,7 +142,7 @@ class RunState:
             used.check_grid(grid)
         # Not the weights' device: under offloading they are still on the CPU here.
         device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
-        self._seen = set()
+        self._seen = Counter()
         self._forward = _Forward(
             tick=tick,
             branch=self._branch(tick, branch),
@@ -170,13 +170,13 @@ class RunState:
             return
         if forward.gradients:
             # Calls that need gradients never reach `attend`; what did not come by took the stock path.
-            for index in set(range(len(self.layers))) - self._seen:
+            for index in set(range(len(self.layers))) - self._seen.keys():
                 self.recorder.dense(
                     self.layers[index], forward.tick.step, "gradients are on", warn=True
                 )
         elif self.adapter.modality == "text":
             # No cache leaves layers out here: what did not come by ran unseen.
-            for index in set(range(len(self.layers))) - self._seen:
+            for index in set(range(len(self.layers))) - self._seen.keys():
                 self.recorder.dense(self.layers[index], forward.tick.step, NOT_SEEN, warn=True)
         self._mask_read = (None, "")
         self.recorder.span(forward.tick.step, forward.started, mark(forward.device))
@@ -218,7 +218,7 @@ class RunState:
         enable_gqa: bool,
     ) -> Tensor:
         """Attention of layer `index`; `[B, S, H, D]` in and out."""
-        self._seen.add(index)
+        self._seen[index] += 1
 
         def dense() -> Tensor:
             return self.wrappers[index].dense(
@@ -231,12 +231,12 @@ class RunState:
                 enable_gqa=enable_gqa,
             )
 
-        reason, warn = self._dense_reason(query, key, attn_mask, is_causal, enable_gqa), True
+        reason, warn = self._dense_reason(index, query, key, attn_mask, is_causal, enable_gqa), True
         if reason is None:
-            visible = self._visible(attn_mask, key)
+            visible = self._visible(self._grid(index, query), attn_mask, key)
             reason = visible if isinstance(visible, str) else None
         if reason is None:
-            site = replace(self._site(index, scale), visible=visible.blocks)
+            site = replace(self._site(index, query, scale), visible=visible.blocks)
             reason = self.schedule.dense_reason(site)
             warn = reason == UNKNOWN_STEPS
             choosing = reason is None or self._looks_ahead(site)
@@ -258,7 +258,8 @@ class RunState:
                 reason, warn = why, True
         self._record_dense(index, reason, warn=warn)
         if self.witness is not None:
-            self._show(index, query, key, scale, dense_reason=reason)
+            grid = self._grid(index, query) if self._forward and self._forward.grid else None
+            self._show(index, query, key, scale, grid, dense_reason=reason)
         return dense()
 
     def _observe(
@@ -326,6 +327,7 @@ class RunState:
 
     def _dense_reason(
         self,
+        index: int,
         query: Tensor,
         key: Tensor,
         attn_mask: Tensor | None,
@@ -346,7 +348,7 @@ class RunState:
             return "causal attention"
         if query.dtype not in DTYPES:
             return f"{str(query.dtype).removeprefix('torch.')} tensors"
-        grid = forward.grid
+        grid = self._grid(index, query)
         grouped = enable_gqa and query.shape[2] % key.shape[2] == 0
         fit = query.shape[3] == key.shape[3] and (grouped or query.shape[2] == key.shape[2])
         if not fit or (grid.queries is None and query.shape[1] != key.shape[1]):
@@ -360,9 +362,9 @@ class RunState:
             )
         return None
 
-    def _visible(self, attn_mask: Tensor | None, key: Tensor) -> Visible | str:
+    def _visible(self, grid: TokenGrid, attn_mask: Tensor | None, key: Tensor) -> Visible | str:
         """What the model's own mask shows of the keys, or why that cannot be served; one reading serves all layers."""
-        grid, visible = self._forward.grid, Visible(keys=key.shape[1])
+        visible = Visible(keys=key.shape[1])
         if attn_mask is not None and self.adapter.reads_masks:
             read, visible = self._mask_read
             if read is not attn_mask:
@@ -380,16 +382,21 @@ class RunState:
         following = site.next_step() if self.method.looks_ahead else None
         return following is not None and self.schedule.dense_reason(following) is None
 
-    def _site(self, index: int, scale: float | None) -> AttentionSite:
-        forward = self._forward
+    def _grid(self, index: int, query: Tensor) -> TokenGrid:
+        """Of one attention call: some layers see the grid alone, or the words of one sample."""
+        return self.adapter.call_grid(self._forward.grid, self.modules[index][0], query.shape[1])
+
+    def _site(self, index: int, query: Tensor, scale: float | None) -> AttentionSite:
+        forward, sample = self._forward, self._seen[index]
         return AttentionSite(
             layer=self.depths[index],
             num_layers=max(self.depths) + 1,
             step=forward.tick.step,
             num_steps=forward.tick.num_steps,
             sigma=forward.tick.sigma,
-            branch=forward.branch,
-            grid=forward.grid,
+            # A model that attends sample by sample comes by several times; each has a mask of its own.
+            branch=forward.branch if sample == 1 else f"{forward.branch}, sample {sample}",
+            grid=self._grid(index, query),
             next_sigma=forward.tick.next_sigma,
             scale=scale,
             name=self.layers[index],

@@ -28,7 +28,8 @@ class Family:
             `pad` is what the text embeddings hold where the prompt is padded.
         sizes: each with the grid that the report must then name; the first is the usual one, another has odd sides.
         guidance: which of `"off"`, `"batched"` (both branches in one call) and `"sequential"` it has.
-        outside: tokens beside the grid, whose rows and columns stay exact.
+        outside: tokens beside the grid, whose rows and columns stay exact; several numbers where calls differ.
+        by_sample: whether each sample of a batch has an attention call of its own.
         masks: whether padded text is hidden by an attention mask.
         compiled: `"model"`, or how many kinds of repeated blocks there are, where stock diffusers cannot trace the model.
         lora: the modules that peft adapts.
@@ -40,7 +41,8 @@ class Family:
     call: Callable[..., Tensor]
     sizes: Mapping[Size, str]
     guidance: tuple[str, ...] = ("off",)
-    outside: int = 0
+    outside: int | tuple[int, ...] = 0
+    by_sample: bool = False
     masks: bool = False
     compiled: str | int = "model"
     lora: tuple[str, ...] = ("to_q", "to_v")
