@@ -7,15 +7,15 @@ by-product of computing the surviving tiles, makes those of the next: no profili
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from sparsediff.block_mask import BlockMask, forced_blocks
-from sparsediff.calibration import Calibrator, Call, ModelLayout
+from sparsediff.block_mask import BlockMask, forced_blocks, pack_bits, unpack_bits
+from sparsediff.calibration import Calibrator, Call, ModelLayout, per_calibration
+from sparsediff.calibration_memory import relative_error
 from sparsediff.kernels.attention import attend_blocks
 from sparsediff.kernels.block_lists import Visits
 from sparsediff.methods.base import AttentionSite, CalibratedMethod
@@ -163,7 +163,7 @@ class LiteAttention(CalibratedMethod):
         return _LiteCalibrator(self, layout)
 
 
-@functools.lru_cache(maxsize=8)
+@per_calibration
 def _thresholds(calibration) -> list[list[float]]:
     return calibration.tensors["thresholds"].tolist()
 
@@ -178,7 +178,7 @@ class _LiteCalibrator(Calibrator):
         self.method, self.layers = method, {name: i for i, name in enumerate(layout.layers)}
         self.found: dict[int, Tensor] = {}  # step -> float32 [layers]
         self.steps = 0
-        self.masks: dict[tuple[str, str], Tensor] = {}
+        self.masks: dict[tuple[str, str], Tensor] = {}  # bitmaps, by branch and layer
 
     def begin_generation(self, number: int) -> None:
         """Masks start from everything."""
@@ -192,9 +192,9 @@ class _LiteCalibrator(Calibrator):
             return call.dense()
         if site.num_steps is None:
             raise ValueError("calibration needs the number of steps: give calibrate() a pipeline")
-        key = (site.branch, site.name)
+        key, blocks = (site.branch, site.name), -(-call.key.shape[1] // method.tile[1])
         if key not in self.masks:
-            self.masks[key] = method.keep_blocks(call.query, call.key, site)
+            self.masks[key] = pack_bits(method.keep_blocks(call.query, call.key, site))
         tokens = (call.query.shape[1], call.key.shape[1])
         # Padding is hidden behind a length, which kernels take with ascending lists only.
         visits = "descending" if site.kv_lengths is not None else method.visits(site)
@@ -211,9 +211,8 @@ class _LiteCalibrator(Calibrator):
                 vote_threshold=threshold,
             )
 
-        now = self.masks[key]
-        out, exact = run(now).out, call.dense().float()
-        size = exact.abs().sum().clamp_min(1e-20)
+        now = unpack_bits(self.masks[key], blocks)
+        out, exact = run(now).out, call.dense()
         target = error_target(site.step, site.num_steps, method.error, method.error_spread)
         low, high, best = LOWEST, HIGHEST, (LOWEST, now)
         forced = forced_blocks(site.grid, method.tile, device=now.device)
@@ -222,14 +221,14 @@ class _LiteCalibrator(Calibrator):
         for _ in range(PROBES):
             middle = (low + high) / 2
             keep = run(now, middle).vote | forced
-            error = (run(keep).out.float() - exact).abs().sum() / size
+            error = relative_error(run(keep).out, exact, 1).item()
             if not error <= target:
                 high = middle
                 continue
             low, best = middle, (middle, keep)
             if error > 0.9 * target:
                 break
-        threshold, self.masks[key] = best
+        threshold, self.masks[key] = best[0], pack_bits(best[1])
         self.steps = site.num_steps
         row = self.found.setdefault(site.step, torch.full((len(self.layers),), torch.inf))
         # The most cautious of all branches and prompts.

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from sparsediff import calibration_memory as memory
 from sparsediff.block_mask import (
     BlockMask,
     forced_blocks,
@@ -28,6 +30,7 @@ from sparsediff.calibration import (
     Call,
     ModelLayout,
     nearest_seen,
+    per_calibration,
     pinned,
     step_bin,
 )
@@ -39,6 +42,9 @@ from sparsediff.token_grid import TokenGrid, TokenOrder
 
 MODES = ("dense", "skip", "diagonal", "multi-diagonal", "stripe")
 DENSE, SKIP, DIAGONAL, MULTI, STRIPE = range(5)
+# Tensors of a call that measuring some heads holds at once: three in order, two outputs, and three in float32, which
+# count twice in 16 bits.
+COPIES = 11
 CLOSE_ENOUGH = 0.95  # share of the density asked for below which its user is told
 AXIS_ORDERS = ("FHW", "HWF")  # the sequence as it is; all frames of a place side by side
 
@@ -129,23 +135,32 @@ class SparseVDiT(StaticMethod):
         )
         blocks = -(-key.shape[1] // self.block)
         table = patterns(site.grid, self.block, self.window, query.device)
-        keep = table[modes.long().clamp(max=STRIPE - 1)]
-        columns = unpack_bits(stripes, blocks)[:, None, :]
-        return torch.where((modes == STRIPE)[:, None, None], columns, keep)[None]
+        return kept(table, modes, unpack_bits(stripes, blocks))[None]
 
     def calibrator(self, layout: ModelLayout) -> Calibrator:
         """One pass, in which every layer already sees what the chosen modes made of the layers before it."""
         return _VDiTCalibrator(self, layout)
 
 
-@functools.lru_cache(maxsize=512)
+@per_calibration
 def _orders(
     calibration: Calibration, stretch: int, row: int, *, in_front: bool
 ) -> TokenOrder | None:
     modes = calibration.tensors["modes"][stretch, row].tolist()
     if in_front and MULTI not in modes:
         return None
+    return _walk(modes)
+
+
+def _walk(modes: Iterable[int]) -> TokenOrder:
+    """Heads of the multi-diagonal mode walk frames first."""
     return TokenOrder(AXIS_ORDERS, tuple(int(mode == MULTI) for mode in modes))
+
+
+def kept(table: Tensor, modes: Tensor, columns: Tensor) -> Tensor:
+    """`bool [H, Mq, Nk]`: what `modes` `[H]` keep, from `patterns` and the stripes `columns` `bool [H, Nk]`."""
+    keep = table[modes.long().clamp(max=STRIPE - 1)]
+    return torch.where((modes == STRIPE)[:, None, None], columns[:, None, :], keep)
 
 
 @functools.lru_cache(maxsize=8)
@@ -217,30 +232,40 @@ class _VDiTCalibrator(Calibrator):
         self.visual = 0  # blocks that hold nothing but the grid, in front in every order
 
     def attend(self, call: Call) -> Tensor:
-        """All five outputs; the chosen ones go on to the next layer."""
-        site, size = call.site, (self.method.block,) * 2
+        """The errors of all modes, a few heads at a time; what the best ones give goes on to the next layer."""
+        site = call.site
         stretch, row = step_bin(site.step, site.num_steps, self.method.bins), self.rows[site.name]
-        stripes = self._stripes(call, stretch, row)
         table = patterns(site.grid, self.method.block, self.method.window, call.query.device)
-        outputs = [call.dense()]
-        # A skipped head gives zeros, but for the text that stays exact beside a video.
-        outputs += [
-            self._output(call, axes, table[mode][None, None], size)
-            for mode, axes in ((SKIP, "FHW"), (DIAGONAL, "FHW"), (MULTI, "HWF"))
-        ]
-        outputs.append(self._output(call, "FHW", stripes[None], size))
-        outputs = torch.stack(outputs).float()
-        dense = outputs[DENSE]
-        error = (outputs - dense).square().sum((1, 2, 4)) / dense.square().sum((0, 1, 3))
-        if self.cost is None:
-            self.cost = self._measure_cost(call, table, stripes, size)
+        columns = self._columns(call, f"{stretch} {row}")
+        groups = list(memory.head_groups(call.query, COPIES))
         if self.densities is None:
-            self.densities = self._densities(table, stripes)
-        self.error[stretch, row] += error.T.double().cpu()
+            self.densities = self._densities(table, columns)
+        if self.cost is None:
+            self.cost = self._measure_cost(call, groups[0], table, columns)
+        out = call.dense()
+        for heads in groups:
+            error = self._errors(call, heads, table, columns, out[:, :, heads].float())
+            self.error[stretch, row, heads] += error.double().cpu()
         self.calls[stretch, row] += 1
-        modes = self._assign(stretch, row).long().to(outputs.device)
-        chosen = outputs.gather(0, modes[None, None, None, :, None].expand(1, *outputs.shape[1:]))
-        return chosen[0].to(call.value.dtype)
+        modes = self._assign(stretch, row)
+        for heads in groups:
+            if (modes[heads] != DENSE).any():
+                chosen = self._output(call, heads, modes[heads], table, columns)
+                sparse = (modes[heads] != DENSE).to(out.device)[:, None]
+                out[:, :, heads] = chosen.where(sparse, out[:, :, heads])
+        return out
+
+    def _errors(
+        self, call: Call, heads: slice, table: Tensor, columns: Tensor, dense: Tensor
+    ) -> Tensor:
+        """Relative squared error of every mode's output, `[heads, 5]`."""
+        size = dense.square().sum((0, 1, 3)).clamp_min(1e-20)
+        errors = [torch.zeros_like(size)]
+        for mode in range(SKIP, len(MODES)):
+            modes = torch.full((dense.shape[2],), mode)
+            out = self._output(call, heads, modes, table, columns).float()
+            errors.append(out.sub_(dense).square_().sum((0, 1, 3)) / size)
+        return torch.stack(errors, -1)
 
     def _assign(self, stretch: int, row: int) -> Tensor:
         method, error = self.method, self.error[stretch, row] / self.calls[stretch, row]
@@ -252,64 +277,61 @@ class _VDiTCalibrator(Calibrator):
         self.spent[stretch, row] = self.densities[modes.long()]
         return modes
 
-    def _stripes(self, call: Call, stretch: int, row: int) -> Tensor:
-        """`bool [H, Mq, Nk]`: the key blocks with the most mass so far, in every row."""
-        query, key = TokenOrder(("FHW",)).apply(call.site.grid, call.query, call.key)
-        mass = block_mass(
-            query, key, (self.method.block,) * 2, scale=call.scale, kv_lengths=call.site.kv_lengths
-        )
-        columns, where = mass.sum(-2).mean(0).cpu(), f"{stretch} {row}"
-        if where in self.columns:
-            columns = columns + self.columns[where]
-        self.columns[where] = columns
-        self.visual = call.site.grid.whole_blocks(self.method.block, reordered=True).stop
-        return self._best(columns)[:, None, :].expand(mass.shape[1:]).to(call.query.device)
+    def _columns(self, call: Call, where: str) -> Tensor:
+        """`bool [H, Nk]`: the key blocks with the most mass so far."""
+        block, grid = self.method.block, call.site.grid
+        if where not in self.columns:
+            blocks = -(-grid.num_tokens // block)
+            self.columns[where] = torch.zeros(call.query.shape[2], blocks)
+        for heads in memory.head_groups(call.query, COPIES):
+            mass = block_mass(
+                *TokenOrder(("FHW",)).apply(grid, call.query[:, :, heads], call.key[:, :, heads]),
+                (block, block),
+                scale=call.scale,
+                kv_lengths=call.site.kv_lengths,
+                chunk_bytes=memory.CHUNK_BYTES // 2,
+            )
+            self.columns[where][heads] += mass.sum(-2).mean(0).cpu()
+        self.visual = grid.whole_blocks(block, reordered=True).stop
+        return self._best(self.columns[where]).to(call.query.device)
 
     def _best(self, columns: Tensor) -> Tensor:
         k = max(1, int(self.method.stripes * self.visual + 1e-9)) if self.visual else 0
         keep = torch.zeros_like(columns, dtype=torch.bool)
         return keep.scatter_(-1, columns[:, : self.visual].topk(k, -1).indices, True)
 
-    @staticmethod
-    def _prepared(call: Call, axes: str, keep: Tensor, size: tuple[int, int]):
-        """The order, the three tensors in it, and `keep` `[1, H|1, Mq, Nk]` with what must stay as a mask."""
-        grid, order = call.site.grid, TokenOrder((axes,))
-        keep = keep | forced_blocks(grid, size, device=keep.device, reordered=True)
-        mask = BlockMask.from_dense(keep, size, (grid.num_tokens, grid.num_tokens))
-        return order, order.apply(grid, call.query, call.key, call.value), mask
+    def _prepared(
+        self, call: Call, heads: slice, modes: Tensor, table: Tensor, columns: Tensor
+    ) -> tuple[TokenOrder, functools.partial]:
+        """The order of these heads under these modes, and their attention in it, ready to run."""
+        grid, size, order = call.site.grid, (self.method.block,) * 2, _walk(modes.tolist())
+        keep = kept(table, modes.to(table.device), columns[heads])
+        # A skipped head gives zeros, but for the text that stays exact beside a video.
+        keep |= forced_blocks(grid, size, device=keep.device, reordered=True)
+        mask = BlockMask.from_dense(keep[None], size, (grid.num_tokens, grid.num_tokens))
+        tensors = order.apply(grid, *(x[:, :, heads] for x in (call.query, call.key, call.value)))
+        return order, functools.partial(
+            attend_blocks, *tensors, mask, scale=call.scale, kv_lengths=call.site.kv_lengths
+        )
 
-    def _output(self, call: Call, axes: str, keep: Tensor, size: tuple[int, int]) -> Tensor:
-        order, tensors, mask = self._prepared(call, axes, keep, size)
-        out = attend_blocks(*tensors, mask, scale=call.scale, kv_lengths=call.site.kv_lengths).out
-        return order.undo(call.site.grid, out)[0]
+    def _output(self, call: Call, heads: slice, *choice: Tensor) -> Tensor:
+        order, attend = self._prepared(call, heads, *choice)
+        return order.undo(call.site.grid, attend().out)[0]
 
-    def _measure_cost(self, call: Call, table: Tensor, stripes: Tensor, size) -> Tensor:
+    def _measure_cost(self, call: Call, heads: slice, table: Tensor, columns: Tensor) -> Tensor:
         """Time of each mode's attention over a dense call's, by our kernel on this device, at this size."""
-        device = call.query.device
+        device, all_heads = call.query.device, call.query.shape[2]
+        count = len(range(all_heads)[heads])
         times = [seconds(call.dense, device), 0.0]
-        for axes, keep in (
-            ("FHW", table[DIAGONAL][None]),
-            ("HWF", table[MULTI][None]),
-            ("FHW", stripes),
-        ):
-            _, tensors, mask = self._prepared(call, axes, keep[None], size)
-            times.append(
-                seconds(
-                    functools.partial(
-                        attend_blocks,
-                        *tensors,
-                        mask,
-                        scale=call.scale,
-                        kv_lengths=call.site.kv_lengths,
-                    ),
-                    device,
-                )
-            )
+        for mode in (DIAGONAL, MULTI, STRIPE):
+            _, attend = self._prepared(call, heads, torch.full((count,), mode), table, columns)
+            times.append(seconds(attend, device) * all_heads / count)
         return torch.tensor(times, dtype=torch.float64) / times[0]
 
-    def _densities(self, table: Tensor, stripes: Tensor) -> Tensor:
+    def _densities(self, table: Tensor, columns: Tensor) -> Tensor:
         """Of the video's blocks; what text adds is no choice of the mode."""
-        keep = torch.cat([table, stripes[:1]])[:, : self.visual, : self.visual]
+        keep = torch.cat([table, columns[:1, None].expand_as(table[:1])])
+        keep = keep[:, : self.visual, : self.visual]
         return keep.double().mean((1, 2)).cpu()
 
     def tensors(self) -> dict[str, Tensor]:
