@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 512 << 20  # on the device
+CHUNK_BYTES = 256 << 20  # on the device
 
 
 def how_many_fit(size: int) -> int:
