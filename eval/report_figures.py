@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from sparsediff.eval.metric_names import METRICS
+from sparsediff.eval.pictures import RAMP
 from sparsediff.eval.results import ArmResult, ClipResult, Results, StepResult
 from sparsediff.eval.stats import Estimate
 from sparsediff.eval.summary import ArmSummary
@@ -32,6 +33,7 @@ def page_figures(
     baseline = results.dense.arm if results.dense is not None and results.dense.clips else None
     return {
         "fps": arms[0].fps,
+        "ramp": RAMP,
         "metrics": {
             name: {
                 "label": metric.label,

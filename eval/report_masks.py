@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from sparsediff.eval.captured import Capture, CapturedCall
+from sparsediff.eval.pictures import stills
 from sparsediff.eval.results import ArmResult, ClipResult, Results
 from sparsediff.eval.video import read_video
 from sparsediff.token_grid import TokenGrid, TokenOrder, Window
@@ -68,7 +69,7 @@ def _mask(
         "outside": ", ".join(
             f"{s.length} {s.role}" for s in grid.segments if s.role != "grid" and s.length
         ),
-        "stills": [] if path is None else stills(path, grid.shape[0]),
+        "stills": [] if path is None else _pictures(path, grid.shape[0]),
         "calls": calls,
         "about": " · ".join(
             filter(None, [clip.prompt if clip else "", str(grid) + " latent tokens"])
@@ -164,12 +165,11 @@ def window_name(window: Window) -> str:
     return "windows of " + " x ".join(map(str, window))
 
 
-def stills(path: Path, latent_frames: int) -> list[str]:
-    """A picture for each latent frame of a clip, as data URIs."""
-    video, _ = read_video(path)
-    picks = torch.linspace(0, len(video) - 1, latent_frames).round().long()
-    pixels = (video[picks] * 255).round().to(torch.uint8).numpy()
-    return [_data_uri(Image.fromarray(frame)) for frame in pixels]
+def _pictures(path: Path, latent_frames: int) -> list[str]:
+    """Data URIs."""
+    return [
+        _data_uri(Image.fromarray(frame)) for frame in stills(read_video(path)[0], latent_frames)
+    ]
 
 
 def _data_uri(image: Image.Image) -> str:

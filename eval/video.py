@@ -111,7 +111,7 @@ def side_by_side(videos: dict[str, Tensor], *, scale: int = 1) -> Tensor:
     )
     draw = ImageDraw.Draw(canvas)
     for i, name in enumerate(videos):
-        draw.text((MARGIN + i * (width + MARGIN), 5), name, fill=INK, font=_font(13))
+        draw.text((MARGIN + i * (width + MARGIN), 5), name, fill=INK, font=font(13))
     blank = torch.from_numpy(np.array(canvas)).float() / 255
     out = blank.repeat(frames, 1, 1, 1)
     for i, video in enumerate(videos.values()):
@@ -141,15 +141,16 @@ def contact_sheet(
     )
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((MARGIN, 9), title, fill=INK, font=_font(14))
+        draw.text((MARGIN, 9), title, fill=INK, font=font(14))
     for i, (name, row) in enumerate(rows):
         top = head + i * (height + caption + MARGIN)
-        draw.text((MARGIN, top + 3), name, fill=INK, font=_font(12))
+        draw.text((MARGIN, top + 3), name, fill=INK, font=font(12))
         for j, frame in enumerate(row):
             picture = Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(picture, (MARGIN + j * (width + MARGIN), top + caption))
     return sheet
 
 
-def _font(size: int):
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The font that Pillow carries."""
     return ImageFont.load_default(size)

@@ -159,8 +159,8 @@ function hideTip() {
 }
 addEventListener("scroll", hideTip, { passive: true });
 
-/** Blue to yellow with steady lightness (cividis): as clear without colour vision as with it. */
-const RAMP = [[0, 34, 78], [18, 53, 112], [59, 73, 108], [87, 93, 109], [112, 113, 115], [138, 134, 120], [165, 156, 116], [195, 179, 105], [225, 204, 85], [254, 232, 56]];
+/** Blue to yellow with steady lightness, as in `sparsediff.eval.pictures`. */
+const RAMP = DATA.ramp;
 
 function ramp(t) {
   const x = Math.min(0.99999, Math.max(0, t)) * (RAMP.length - 1), i = Math.floor(x), f = x - i;
