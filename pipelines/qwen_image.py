@@ -24,6 +24,7 @@ class QwenImageAdapter(FluxAdapter):
 
     processors = frozenset({"QwenDoubleStreamAttnProcessor2_0"})
     attention = (("transformer_blocks", "attn"),)
+    padding_mask = "keys"
 
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """Text, then the image of `img_shapes[0][0] = (frames, height, width)`, then the others of that list."""

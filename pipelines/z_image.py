@@ -25,6 +25,8 @@ class ZImageAdapter(ModelAdapter):
 
     processors = frozenset({"ZSingleStreamAttnProcessor"})
     attention = (("layers", "attention"),)
+    padding_mask = "keys"
+    pads_last = True
 
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """`x`, a list of images `[C, F, H, W]`, and behind it the longest of the captions `cap_feats [T, C]`."""

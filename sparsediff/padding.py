@@ -89,7 +89,7 @@ def pack_padding(grid: TokenGrid, valid: Tensor, batch: int, *, last: bool = Fal
     start, stop = grid.grid_span
     turn = (~valid).to(torch.uint8) + 1
     turn[:, start:stop] = 0
-    index = turn.argsort(-1, stable=True).to(torch.int32)
+    index = turn.argsort(dim=-1, stable=True).to(torch.int32)
     inside = next(s for s in grid.segments if s.role == "grid")
     # Which roles the tokens beside the grid have no longer shows; all of them stay exact.
     beside = Segment(role="text", length=grid.num_tokens - inside.length)

@@ -49,7 +49,7 @@ FAMILIES = [
             # 221 tokens of the image are padded to 224
             (208, 272, 1): "1x13x17 + 35 text",
         },
-        guidance=("off",),
+        guidance=("off", "batched"),
         outside=32,
         # Of the image's, the caption's and the joint blocks.  Stock diffusers cannot trace the rest.
         compiled=3,
