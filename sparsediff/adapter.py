@@ -22,6 +22,7 @@ from sparsediff.token_grid import TokenGrid
 ADAPTERS = {
     "AllegroTransformer3DModel": "sparsediff.pipelines.allegro:AllegroAdapter",
     "CogVideoXTransformer3DModel": "sparsediff.pipelines.cogvideox:CogVideoXAdapter",
+    "CosmosTransformer3DModel": "sparsediff.pipelines.cosmos:CosmosAdapter",
     "DiffusionGemmaForBlockDiffusion": "sparsediff.pipelines.diffusion_gemma:DiffusionGemmaAdapter",
     "EasyAnimateTransformer3DModel": "sparsediff.pipelines.easyanimate:EasyAnimateAdapter",
     "Flux2Transformer2DModel": "sparsediff.pipelines.flux2:Flux2Adapter",
@@ -36,6 +37,7 @@ ADAPTERS = {
     "QwenImageTransformer2DModel": "sparsediff.pipelines.qwen_image:QwenImageAdapter",
     "SD3Transformer2DModel": "sparsediff.pipelines.sd3:SD3Adapter",
     "SkyReelsV2Transformer3DModel": "sparsediff.pipelines.skyreels_v2:SkyReelsV2Adapter",
+    "WanAnimateTransformer3DModel": "sparsediff.pipelines.wan_animate:WanAnimateAdapter",
     "WanTransformer3DModel": "sparsediff.pipelines.wan:WanAdapter",
     "WanVACETransformer3DModel": "sparsediff.pipelines.wan:WanVACEAdapter",
     "ZImageTransformer2DModel": "sparsediff.pipelines.z_image:ZImageAdapter",

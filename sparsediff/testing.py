@@ -50,7 +50,7 @@ def random_wan_pipeline(
         parts = {
             "tokenizer": word_tokenizer(),
             "text_encoder": _umt5_encoder(),
-            "vae": _wan_vae(),
+            "vae": wan_autoencoder(),
             "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         }
         if variant == "t2v":
@@ -67,21 +67,16 @@ def random_wan_pipeline(
                 transformer=_wan_transformer(layers, head_dim), expand_timesteps=True, **parts
             )
         if variant in ("i2v", "flf2v"):
-            from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
-
-            vision = CLIPVisionConfig(
-                hidden_size=4, projection_dim=4, num_hidden_layers=2, num_attention_heads=2,
-                image_size=32, intermediate_size=16, patch_size=1,
-            )  # fmt: skip
+            encoder, processor = clip_vision()
             # First and last frame are told apart by a position embedding over the tokens of both.
-            image_tokens = (vision.image_size // vision.patch_size) ** 2 + 1
-            places = 2 * image_tokens if variant == "flf2v" else None
+            tokens = (encoder.config.image_size // encoder.config.patch_size) ** 2 + 1
+            places = 2 * tokens if variant == "flf2v" else None
             return diffusers.WanImageToVideoPipeline(
                 transformer=_wan_transformer(
                     layers, head_dim, in_channels=36, image_dim=4, pos_embed_seq_len=places
                 ),
-                image_encoder=CLIPVisionModel(vision).eval(),
-                image_processor=CLIPImageProcessor(crop_size=32, size=32),
+                image_encoder=encoder,
+                image_processor=processor,
                 **parts,
             )
         if variant == "vace":
@@ -143,7 +138,19 @@ def make_local(model):
     return model
 
 
-def _wan_vae():
+def clip_vision():
+    """A `CLIPVisionModel` of four channels and its image processor."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=4, projection_dim=4, num_hidden_layers=2, num_attention_heads=2,
+        image_size=32, intermediate_size=16, patch_size=1,
+    )  # fmt: skip
+    return CLIPVisionModel(config).eval(), CLIPImageProcessor(crop_size=32, size=32)
+
+
+def wan_autoencoder():
+    """An `AutoencoderKLWan` of 16 latent channels, 8x8 pixels and 4 frames a latent."""
     from diffusers import AutoencoderKLWan
 
     return AutoencoderKLWan(
