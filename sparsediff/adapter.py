@@ -176,7 +176,15 @@ def adapter_for(model: nn.Module) -> ModelAdapter:
     Raises:
         ValueError: if its class is not supported; the message lists those that are.
     """
-    name = type(model).__name__
+    return adapter_of(type(model).__name__)
+
+
+def adapter_of(name: str) -> ModelAdapter:
+    """The adapter of a transformer class.
+
+    Raises:
+        ValueError: if it is not supported; the message lists those that are.
+    """
     if name not in ADAPTERS:
         raise ValueError(f"no adapter for {name}; supported: {', '.join(sorted(ADAPTERS))}")
     module, attribute = ADAPTERS[name].split(":")
