@@ -150,6 +150,7 @@ class ClipResult:
         backends: attention kernel -> why it ran.
         video: path of the MP4 file relative to the folder; None if none was written.
         shape: frames, height, width in pixels.
+        contrast: standard deviation of the clip's values in [0, 1]; a picture of one colour has none.
         peak_memory_bytes: on the device (CUDA: allocated by torch; CPU: resident memory of the process).
         energy_joules: of the whole device while the clip was made, as its driver counts.
         latents_sha256: of what the transformer was given at the first step: arms that share seed and prompt share it.
@@ -172,6 +173,7 @@ class ClipResult:
     energy_joules: float | None = None
     video: str | None = None
     shape: tuple[int, ...] = ()
+    contrast: float | None = None
     latents_sha256: str = ""
     frames_sha256: str = ""
 

@@ -110,7 +110,8 @@ class Recorder:
         return _Part(self._parts[name], device) if self.timed else NOT_TIMED
 
     def _part_seconds(self, name: str) -> float | None:
-        return sum(seconds_between(*p) for p in self._parts[name]) if self.timed else None
+        spans = self._parts[name]
+        return sum((seconds_between(*s) for s in spans), 0.0) if self.timed else None
 
     def _seconds(self) -> dict[int, float]:
         total: dict[int, float] = defaultdict(float)
