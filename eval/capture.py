@@ -48,7 +48,8 @@ def capture(
 
     Args:
         handle: of an enabled pipeline.
-        layers: names (`component.module`) or places in execution order, negative ones from the end; None: all.
+        layers: names (`component.module`) or places in execution order over all transformers, negative ones from the end;
+            None: all.
         steps: from 0, negative ones from the end (where the number of steps is known); None: all.
         heads: numbers; None: all.
         branches: guidance branches by the pipeline's names; None: all.
@@ -93,15 +94,14 @@ def _layer_names(handle: Handle, layers: Collection[int | str] | None) -> frozen
         return frozenset(known)
     names = set()
     for layer in layers:
-        if isinstance(layer, int):
-            places = [s.layers[layer] for s in handle.states if -len(s.layers) <= layer < len(s.layers)]  # fmt: skip
+        if isinstance(layer, int) and -len(known) <= layer < len(known):
+            names.add(known[layer])
+        elif layer in known:
+            names.add(layer)
         else:
-            places = [layer] if layer in known else []
-        if not places:
             raise ValueError(
                 f"no attention layer {layer!r}; there are {len(known)}, {known[0]} to {known[-1]}"
             )
-        names.update(places)
     return frozenset(names)
 
 

@@ -248,6 +248,8 @@ class RunState:
                 if self.observer is not None:
                     if not choosing:
                         self._record_dense(index, reason, warn=warn)
+                        if self.witness is not None:
+                            self._show(index, *packed[:2], scale, site.grid, dense_reason=reason)
                     out = self._observe(
                         index, site, *packed, lambda: packing.pack(dense())[0], reason, choosing
                     )
@@ -279,6 +281,8 @@ class RunState:
             out, why = self._attend(index, site, query, key, value, reason)
             if out is None:
                 self._record_dense(index, why, warn=True)
+                if self.witness is not None:
+                    self._show(index, query, key, site.scale, site.grid, dense_reason=why)
                 out = dense()
             return out, self.recorder.calls[-1].density is not None
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import sparsediff
 from sparsediff import Auto, LiteAttention, Schedule, Segment, TokenGrid, TokenOrder
+from sparsediff.api import watch
 from sparsediff.block_mask import pack_bits
 from sparsediff.eval.capture import Capture, CapturedCall, capture
 from sparsediff.methods import Method
@@ -95,6 +96,31 @@ def test_watching_changes_nothing(pipe):
             assert torch.equal(generate(pipe), alone)
         assert all(state.witness is None for state in handle.states)
         assert torch.equal(generate(pipe), alone)
+
+
+def test_layers_of_two_experts_are_numbered_through(monkeypatch):
+    monkeypatch.setattr("sparsediff.state.CPU_BREAK_EVEN", 2.0)
+    pipe = random_wan_pipeline("t2v-2.2")
+    with (
+        sparsediff.enable(pipe, Banded(), schedule=Schedule()) as handle,
+        capture(handle, layers=[1, -1]) as seen,
+    ):
+        generate(pipe)
+    names = {call.layer for call in seen.calls}
+    assert names == {LAYERS[1], "transformer_2.blocks.1.attn1"}
+
+
+def test_an_observer_may_be_watched_too(pipe):
+    """Measuring goes through an observer; a capture of it has the dense calls as well."""
+
+    def look(call):
+        return call.sparse()[0] if call.sparse else call.dense()
+
+    schedule = Schedule(dense_steps=1)
+    with watch(pipe, look, method=Banded(), schedule=schedule) as handle, capture(handle) as seen:
+        generate(pipe)
+    assert [call.step for call in seen.calls if call.dense_reason] == [0] * 4
+    assert len(seen.calls) == 12
 
 
 def test_a_vote_does_not_change_what_was_captured(pipe):
