@@ -116,7 +116,7 @@ def _tiles(arm: ArmSummary) -> list[dict[str, str]]:
 
     for label, value in (("Denoiser", arm.denoiser_speedup), ("Whole call", arm.speedup)):
         if value is not None:
-            add(label, value, f"{value.mean:.2f}", "x dense", _interval(value, 2))
+            add(label, value, f"{value.mean:.2f}", "\N{MULTIPLICATION SIGN} dense", _interval(value, 2))
     names = [n for n in METRICS if n in arm.metrics and METRICS[n].against_dense][:3]
     for name in names:
         value, metric = arm.metrics[name], METRICS[name]

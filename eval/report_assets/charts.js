@@ -2,7 +2,7 @@
 
 /* Charts are SVG, drawn anew whenever their width or their contents change. */
 
-const PAD = { left: 46, right: 16, top: 12, bottom: 38 };
+const PAD = { left: 54, right: 16, top: 12, bottom: 38 };
 
 /** A box that calls `draw(width)` for its contents. */
 function chart(draw, attributes = {}) {
@@ -54,14 +54,14 @@ function axes(root, { width, height, x, y, xRange, yRange, xLabel, yLabel, xTick
   root.append(svg("line", { class: "axis", x1: left, x2: width - PAD.right, y1: height - PAD.bottom, y2: height - PAD.bottom }));
   for (const value of xs) root.append(svg("text", { x: x(value), y: height - PAD.bottom + 17, "text-anchor": "middle" }, tickText(value, xs)));
   root.append(svg("text", { x: (left + width - PAD.right) / 2, y: height - 3, "text-anchor": "middle" }, xLabel));
-  root.append(svg("text", { x: 0, y: 0, "text-anchor": "middle", transform: `translate(11 ${(height - PAD.bottom + PAD.top) / 2}) rotate(-90)` }, yLabel));
+  root.append(svg("text", { x: 0, y: 0, "text-anchor": "middle", transform: `translate(9 ${(height - PAD.bottom + PAD.top) / 2}) rotate(-90)` }, yLabel));
 }
 
 /**
  * Lines over whole numbers. `series`: `{arm, values}`; NaN leaves a gap, infinity is drawn at the upper edge.
- * The pointer, or the arrow keys, read all lines at one place.
+ * The pointer, or the arrow keys, read all lines at one place; a click or Enter goes there.
  */
-function lineChart(width, { series, xLabel, yLabel, name, text, floor, ceiling, chosen }) {
+function lineChart(width, { series, xLabel, yLabel, name, text, floor, ceiling, chosen, ongo }) {
   const height = Math.round(Math.max(220, Math.min(300, width * 0.52)));
   const length = Math.max(...series.map((s) => s.values.length));
   const yRange = extent(series.flatMap((s) => s.values), { floor, ceiling });
@@ -97,7 +97,9 @@ function lineChart(width, { series, xLabel, yLabel, name, text, floor, ceiling, 
   });
   root.addEventListener("pointerleave", leave);
   root.addEventListener("blur", leave);
+  if (ongo) root.addEventListener("click", () => ongo(at));
   root.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && ongo) ongo(at);
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!step) return;
     event.preventDefault();
@@ -144,17 +146,17 @@ function scatter(width, { points, xLabel, yLabel, xText, yText, xBetter, yBetter
 
 /** Beside its point, where no other label stands. */
 function pointLabel(text, cx, cy, width, taken, on) {
-  const length = Math.min(text.length, 30) * 6.3;
-  const right = cx + 14 + length < width - 4;
+  const length = Math.min(text.length, 30) * (on ? 7 : 6.3), off = on ? 16 : 13;
+  const right = cx + off + 1 + length < width - 4;
   const places = [[0, right ? 1 : -1], [-15, right ? 1 : -1], [15, right ? 1 : -1], [0, right ? -1 : 1], [-28, 1], [28, 1]];
-  const box = ([dy, side]) => ({ left: side > 0 ? cx + 13 : cx - 13 - length, right: side > 0 ? cx + 13 + length : cx - 13, top: cy + dy - 8, bottom: cy + dy + 6 });
+  const box = ([dy, side]) => ({ left: side > 0 ? cx + off : cx - off - length, right: side > 0 ? cx + off + length : cx - off, top: cy + dy - 8, bottom: cy + dy + 6 });
   const free = places.find((place) => {
     const b = box(place);
     return b.left >= PAD.left - 20 && b.right <= width && !taken.some((t) => b.left < t.right && t.left < b.right && b.top < t.bottom && t.top < b.bottom);
   }) ?? places[0];
   taken.push(box(free), { left: cx - 8, right: cx + 8, top: cy - 8, bottom: cy + 8 });
   const short = text.length > 30 ? `${text.slice(0, 29)}…` : text;
-  return svg("text", { x: cx + 13 * free[1], y: cy + free[0] + 4, "text-anchor": free[1] > 0 ? "start" : "end", class: on ? "label" : null, "pointer-events": "none" }, short);
+  return svg("text", { x: cx + off * free[1], y: cy + free[0] + 4, "text-anchor": free[1] > 0 ? "start" : "end", class: on ? "label" : null, "pointer-events": "none" }, short);
 }
 
 function interval([, low, high], text) {

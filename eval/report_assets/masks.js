@@ -35,6 +35,8 @@ class MaskViewer {
       return image;
     });
     this.canvases = Array.from({ length: f }, (_, t) => this.frameCanvas(t, h, w));
+    // Few frames are drawn large.
+    this.frames.style.setProperty("--wide", f <= 4 ? "15rem" : f <= 12 ? "12rem" : "9.5rem");
     this.frames.replaceChildren(...this.canvases.map((canvas, t) => el("figure", {}, el("figcaption", {}, `latent frame ${t}`), canvas)));
     this.controls();
     this.draw();
@@ -173,7 +175,7 @@ class MaskViewer {
     // The block that asks, and in it the patch itself.
     for (let y = 0; y < h; y++) for (let x = 0; x < w; x++) {
       if (Math.floor(place((t * h + y) * w + x) / bq) !== row) continue;
-      pen.fillStyle = "rgb(213 94 0 / 42%)";
+      pen.fillStyle = "rgb(230 110 10 / 34%)";
       pen.fillRect(x * cw, y * ch, cw, ch);
     }
     if (t === this.at[0]) {

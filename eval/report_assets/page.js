@@ -38,7 +38,7 @@ page.append(
 /* -- the table ------------------------------------------------------------------------------------------------------------ */
 
 function range([, low, high], text) {
-  return low == null || high == null ? null : el("small", {}, `${text(low)} – ${text(high)}`);
+  return low == null || high == null || text(low) === text(high) ? null : el("small", {}, `${text(low)} – ${text(high)}`);
 }
 
 const times = (x) => (Number.isNaN(number(x)) ? "–" : `${digits(number(x), 2)}×`);
@@ -143,7 +143,7 @@ function caption(clip) {
 
 /* -- curves ------------------------------------------------------------------------------------------------------------------- */
 
-function curveCard(id, title, kinds, values, xLabel, name) {
+function curveCard(id, title, kinds, values, xLabel, name, ongo) {
   const present = kinds.filter(([kind]) => DATA.arms.some((arm) => Object.values(DATA.clips[arm.id] ?? {}).some((clip) => values(clip, kind)?.some((v) => Number.isFinite(number(v))))));
   if (!present.length) return null;
   let kind = present[0][0];
@@ -153,7 +153,7 @@ function curveCard(id, title, kinds, values, xLabel, name) {
     legend.replaceChildren(...series.map((s) => el("span", { class: s.arm.id === picked.arm ? "on" : "" }, dot(s.arm), s.arm.label)));
     if (!series.length) return el("p", { class: "note" }, "Not measured for this clip.");
     const [, label, text, limits] = present.find(([k]) => k === kind);
-    return lineChart(width, { series, xLabel, yLabel: label, name, text, ...limits, chosen: picked.arm });
+    return lineChart(width, { series, xLabel, yLabel: label, name, text, ...limits, chosen: picked.arm, ongo });
   }, { "data-curve": id });
   onPick(box.redraw);
   const field = present.length > 1 ? selectField("", present.map(([k, label]) => [k, label]), kind, (v) => { kind = v; box.redraw(); }, { id: `${id}-kind`, "aria-label": title }).field : el("span", { class: "note" }, present[0][1]);
@@ -165,7 +165,10 @@ const stepKinds = [
   ["latent_divergence", "latents, distance to dense", (v) => digits(v, 4), { floor: 0 }], ["density", "density", (v) => digits(v, 3), { floor: 0, ceiling: 1.04 }],
   ["attention_error", "attention error", (v) => digits(v, 4), { floor: 0 }], ["seconds", "seconds in the denoiser", (v) => `${digits(v, 3)} s`, { floor: 0 }], ["sigma", "noise level", (v) => digits(v, 3), { floor: 0 }],
 ];
-const curves = [curveCard("frames", "Frame by frame", frameKinds, (clip, kind) => clip.curves[kind], "frame", "frame"), curveCard("steps", "Step by step", stepKinds, (clip, kind) => clip.steps[kind], "denoising step", "step")].filter(Boolean);
+const curves = [
+  curveCard("frames", "Frame by frame", frameKinds, (clip, kind) => clip.curves[kind], "frame; click to see it", "frame", (frame) => player.goTo(frame)),
+  curveCard("steps", "Step by step", stepKinds, (clip, kind) => clip.steps[kind], "denoising step", "step"),
+].filter(Boolean);
 if (curves.length) section("curves", "Where it differs", "All arms on the prompt picked above; the picked arm is the thick line.", el("div", { class: "columns" }, curves));
 
 /* -- densities ------------------------------------------------------------------------------------------------------------------ */

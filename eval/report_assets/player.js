@@ -27,7 +27,7 @@ class Player {
     this.stage = el("div", { class: "stage", "data-mode": "side" }, this.panes.map((pane) => pane.figure), this.seam);
     this.wipe = el("input", { type: "range", min: 0, max: 100, value: 50, "aria-label": "Wipe between the two clips", oninput: () => this.setWipe(this.wipe.value) });
     this.playButton = el("button", { type: "button", class: "play", onclick: () => (this.playing ? this.pause() : this.play()) }, "Play");
-    this.scrubber = el("input", { type: "range", min: 0, max: 0, value: 0, step: 1, "aria-label": "Frame", oninput: () => { this.pause(); this.seek(Number(this.scrubber.value)); } });
+    this.scrubber = el("input", { type: "range", min: 0, max: 0, value: 0, step: 1, "aria-label": "Frame", oninput: () => this.goTo(Number(this.scrubber.value)) });
     this.counter = el("output", { class: "counter" });
     this.readout = el("output", { class: "apart" });
     const speeds = [0.25, 0.5, 1, 2].map((rate) => [String(rate), `${rate}×`]);
@@ -36,7 +36,7 @@ class Player {
     this.node = el("div", { class: "player" }, this.stage, el("div", { class: "wipe" }, this.wipe),
       el("div", { class: "controls" }, this.playButton, el("div", { class: "scrub" }, this.scrubber, this.counter), modes,
         selectField("Speed", speeds, "1", (rate) => { this.rate = Number(rate); this.videos.forEach((v) => { v.playbackRate = this.rate; }); }).field,
-        selectField("Difference", gains, "4", (gain) => { this.gain = Number(gain); this.drawDifference(); }).field),
+        selectField("Gain", gains, "4", (gain) => { this.gain = Number(gain); this.drawDifference(); }).field),
       el("p", { class: "note" }, this.readout));
     this.setWipe(50);
     this.stage.addEventListener("pointerdown", (event) => this.drag(event));
@@ -124,6 +124,11 @@ class Player {
     return Math.max(0, Math.min(this.frames - 1, Math.floor(seconds * this.fps + 0.02)));
   }
 
+  goTo(frame) {
+    this.pause();
+    this.seek(Math.max(0, Math.min(this.frames - 1, frame)));
+  }
+
   /** Both clips on `frame`; resolves when both show it. */
   seek(frame) {
     this.follow(frame);
@@ -142,8 +147,8 @@ class Player {
   follow(frame) {
     this.frame = frame;
     this.scrubber.value = frame;
-    this.scrubber.setAttribute("aria-valuetext", `frame ${frame + 1} of ${this.frames}`);
-    this.counter.textContent = `${frame + 1} / ${this.frames}`;
+    this.scrubber.setAttribute("aria-valuetext", `frame ${frame} of 0 to ${this.frames - 1}`);
+    this.counter.textContent = `frame ${frame} / ${this.frames - 1}`;
   }
 
   async play() {
@@ -218,7 +223,7 @@ class Player {
     const mean = sum / (a.length / 4 * 3);
     this.panes[2].message.hidden = true;
     this.panes[2].caption[1].textContent = `${this.gain}×`;
-    this.readout.textContent = `Frame ${this.pairFrame + 1}: the two clips are ${digits(mean, 2)} of 255 levels apart on average. The map is white from ${Math.round(255 / this.gain)} levels on; it compares the compressed clips, the figures above the originals.`;
+    this.readout.textContent = `Frame ${this.pairFrame}: the two clips are ${digits(mean, 2)} of 255 levels apart on average. The map is white from ${Math.round(255 / this.gain)} levels on; it compares the compressed clips, the figures above the originals.`;
     this.node.dataset.apart = mean;
     this.node.dataset.pairFrame = this.pairFrame;
   }

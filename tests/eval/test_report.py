@@ -68,7 +68,7 @@ def test_the_headline_says_how_fast_and_how_good(results_folder):
     assert "visible differences" in data["lede"]
     assert "Blocks drawn at random reach 14.5 dB at density 0.47" in data["lede"]
     tiles = {tile["label"]: tile for tile in data["tiles"]}
-    assert (tiles["Denoiser"]["value"], tiles["Denoiser"]["unit"]) == ("1.90", "x dense")
+    assert (tiles["Denoiser"]["value"], tiles["Denoiser"]["unit"]) == ("1.90", "\N{MULTIPLICATION SIGN} dense")
     assert tiles["PSNR to dense"]["note"] == "29.0 to 30.0 (2 prompts)"
 
 

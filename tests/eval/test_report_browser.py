@@ -185,6 +185,8 @@ def test_numbers_under_the_pointer_and_the_keys(opened, report):
     page.keyboard.press("ArrowLeft")
     assert page.inner_text("#tip").splitlines()[0] == "frame 7"
     assert "auto density=0.3: 27.6 dB" in page.inner_text("#tip")
+    page.keyboard.press("Enter")
+    wait_for_pair(page, 7)
 
 
 def test_a_click_lights_up_what_the_patch_attends(opened, report):
