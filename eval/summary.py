@@ -61,7 +61,7 @@ def paired_difference(results: Results, arm: str, other: str, metric: str) -> Es
     values = [
         (clip.prompt, capped(clip.metrics[metric]) - capped(twin.metrics[metric]))
         for clip in one.clips
-        if (twin := two.clip(clip.key)) and metric in clip.metrics and metric in twin.metrics
+        if (twin := two.clip(clip.key)) and _has(clip, metric) and _has(twin, metric)
     ]
     return estimate(values) if values else None
 
@@ -74,7 +74,7 @@ def capped(value: float) -> float:
 def _summarise(results: Results, arm: ArmResult) -> ArmSummary:
     pairs = results.pairs(arm) if arm.role != "dense" else []
     clips = arm.clips
-    names = [n for n in METRICS if any(n in c.metrics for c in clips)]
+    names = [n for n in METRICS if any(_has(c, n) for c in clips)]
     forecasts = [c.forecast.speedup for c in clips if c.forecast is not None]
     peaks = [c.peak_memory_bytes for c in clips if c.peak_memory_bytes is not None]
     timed = [c.timings for c in clips]
@@ -85,7 +85,7 @@ def _summarise(results: Results, arm: ArmResult) -> ArmSummary:
         clips=len(clips),
         density=estimate((c.prompt, c.density) for c in clips),
         metrics={
-            n: estimate((c.prompt, capped(c.metrics[n])) for c in clips if n in c.metrics)
+            n: estimate((c.prompt, capped(c.metrics[n])) for c in clips if _has(c, n))
             for n in names
             if not (METRICS[n].against_dense and arm.role == "dense")
         },
@@ -111,9 +111,14 @@ def _difference(pairs: list[tuple[ClipResult, ClipResult]], name: str) -> Estima
     values = [
         (a.prompt, a.metrics[name] - b.metrics[name])
         for a, b in pairs
-        if name in a.metrics and name in b.metrics
+        if _has(a, name) and _has(b, name)
     ]
     return estimate(values) if values else None
+
+
+def _has(clip: ClipResult, name: str) -> bool:
+    """Whether it was measured and came out as a number."""
+    return not math.isnan(clip.metrics.get(name, math.nan))
 
 
 def _ratio(pairs: list[tuple[ClipResult, ClipResult]], part: str) -> Estimate | None:

@@ -68,7 +68,10 @@ def test_the_headline_says_how_fast_and_how_good(results_folder):
     assert "visible differences" in data["lede"]
     assert "Blocks drawn at random reach 14.5 dB at density 0.47" in data["lede"]
     tiles = {tile["label"]: tile for tile in data["tiles"]}
-    assert (tiles["Denoiser"]["value"], tiles["Denoiser"]["unit"]) == ("1.90", "\N{MULTIPLICATION SIGN} dense")
+    assert (tiles["Denoiser"]["value"], tiles["Denoiser"]["unit"]) == (
+        "1.90",
+        "\N{MULTIPLICATION SIGN} dense",
+    )
     assert tiles["PSNR to dense"]["note"] == "29.0 to 30.0 (2 prompts)"
 
 
@@ -131,6 +134,16 @@ def test_identical_and_missing_numbers(make_results_folder, tmp_path):
     assert clip["curves"]["psnr"] == ["inf", "nan"]
     assert clip["video"] is None
     assert any("counts as 100 dB" in text for text in data["caveats"])
+
+
+def test_a_clip_without_a_number_does_not_hide_the_others(make_results_folder, tmp_path):
+    folder = make_results_folder(tmp_path, arms=("dense", "auto-density=0.3"), videos=False)
+    arm = load_results(folder).arm("auto-density=0.3")
+    broken = dataclasses.replace(arm.clips[0], metrics={"psnr": float("nan"), "ssim": float("nan")})
+    other = dataclasses.replace(arm.clips[1], metrics={"psnr": 30.0, "ssim": float("nan")})
+    change(folder, "auto-density=0.3", clips=(broken, other))
+    data = data_of(write_report(folder))
+    assert data["arms"][1]["metrics"] == {"psnr": [30.0, None, None]}
 
 
 def test_arms_alone(make_results_folder, tmp_path):
