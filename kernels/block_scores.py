@@ -60,12 +60,42 @@ def block_means_triton(x: Tensor, block: int) -> Tensor:
 
 
 def pooled_scores(
-    query: Tensor, key: Tensor, block_size: tuple[int, int], scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    block_size: tuple[int, int],
+    scale: float | None = None,
+    *,
+    kv_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Logits of pooled queries and keys, `float32 [B, H, Mq, Nk]`; `scale` is `1 / sqrt(D)` unless given."""
+    """Logits of pooled queries and keys, `float32 [B, H, Mq, Nk]`.
+
+    Args:
+        query: `[B, Sq, H, D]`.
+        key: `[B, Sk, H, D]`.
+        block_size: `(query, key)` tokens a block.
+        scale: of the logits; `1 / sqrt(D)` unless given.
+        kv_lengths: `int32 [B]`; tokens at or past it, of both sides, are left out of the means.  A key block without any
+            other has the logit -inf.
+    """
     _check_bshd(query=query, key=key)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return block_means(query, block_size[0]).mul_(scale) @ block_means(key, block_size[1]).mT
+    if kv_lengths is None:
+        return block_means(query, block_size[0]).mul_(scale) @ block_means(key, block_size[1]).mT
+    rows, _ = _valid_means(query, block_size[0], kv_lengths)
+    columns, seen = _valid_means(key, block_size[1], kv_lengths)
+    logits = rows.mul_(scale) @ columns.mT
+    return logits.masked_fill_((seen == 0)[:, None, None], -torch.inf)
+
+
+def _valid_means(x: Tensor, block: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """`block_means` over the tokens before `lengths`, and how many of each block these are, `[B, blocks]`."""
+    seq = x.shape[1]
+    starts = torch.arange(0, seq, block, device=x.device)
+    sizes = (seq - starts).clamp(max=block)
+    seen = (lengths[:, None] - starts).clamp(min=0).minimum(sizes)
+    hidden = torch.arange(seq, device=x.device) >= lengths[:, None]
+    means = block_means(x.masked_fill(hidden[..., None, None], 0), block)
+    return means * (sizes / seen.clamp(min=1))[:, None, :, None], seen
 
 
 def block_mass(

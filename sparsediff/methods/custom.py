@@ -156,7 +156,7 @@ class Custom(SquareBlockMethod):
             )
             visual = scores[..., video, video]
         else:
-            scores = pooled_scores(query, key, size, scale=site.scale)
+            scores = pooled_scores(query, key, size, scale=site.scale, kv_lengths=site.kv_lengths)
             visual = scores[..., video, video].softmax(-1)
         keep = torch.zeros_like(scores, dtype=torch.bool)
         keep[..., video, video] = self._spend(visual)

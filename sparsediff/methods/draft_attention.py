@@ -90,7 +90,7 @@ class DraftAttention(Method):
     ) -> Tensor:
         """Per head, the blocks whose draft attention is at or above the `sparsity` percentile."""
         block_size = self.block_size(site.grid)
-        logits = self._logits(query, key, block_size, site.scale)
+        logits = self._logits(query, key, block_size, site)
         start, stop = site.grid.grid_span
         visual = -(-(stop - start) // block_size[0])  # `order` has put the grid in front
         keep = torch.ones_like(logits, dtype=torch.bool)
@@ -101,11 +101,11 @@ class DraftAttention(Method):
         return keep
 
     def _logits(
-        self, query: Tensor, key: Tensor, block_size: tuple[int, int], scale: float | None
+        self, query: Tensor, key: Tensor, block_size: tuple[int, int], site: AttentionSite
     ) -> Tensor:
         parts = self.sub_blocks
         size = (block_size[0] // parts, block_size[1] // parts)
-        logits = pooled_scores(query, key, size, scale=scale)
+        logits = pooled_scores(query, key, size, scale=site.scale, kv_lengths=site.kv_lengths)
         if parts == 1:
             return logits
         rows, columns = (-n % parts for n in logits.shape[-2:])

@@ -37,7 +37,10 @@ def build():
 def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0):
     height, width, frames = size
     texts = {}
-    for prefix, words, glyphs, number in (("", (5, 11), (2, 0), 0), ("negative_", (1, 2), (0, 1), 1)):
+    for prefix, words, glyphs, number in (
+        ("", (5, 11), (2, 0), 0),
+        ("negative_", (1, 2), (0, 1), 1),
+    ):
         embeds, mask = padded(embeddings(2, TEXT, 16, seed=number), words, pad)
         embeds_2, mask_2 = padded(embeddings(2, GLYPHS, 12, seed=number), glyphs, pad)
         texts |= {
