@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from sparsediff.adapter import ModelAdapter
+from sparsediff.adapter import ModelAdapter, Preset
 from sparsediff.pipelines.latents import patched
 from sparsediff.token_grid import TokenGrid
 
@@ -20,6 +20,19 @@ class CogVideoXAdapter(ModelAdapter):
 
     processors = frozenset({"CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"})
     attention = (("transformer_blocks", "attn1"),)
+    presets = (
+        Preset(
+            method="adaspa",
+            parameters={"sparsity": 0.8},
+            provenance="published",
+            source="arXiv:2502.21079, CogVideoX1.5 at 720p, 161 frames",
+        ),
+        Preset(
+            method="auto",
+            provenance="measured here",
+            source="docs/methods.md, the bundled tiny-cogvideox only",
+        ),
+    )
 
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """`hidden_states [B, F, C, H, W]` in patches of `(patch_size_t, patch_size, patch_size)`, after the text."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from sparsediff.adapter import ModelAdapter
+from sparsediff.adapter import ModelAdapter, Preset
 from sparsediff.pipelines.image_ids import one_image, size_from_ids
 from sparsediff.token_grid import TokenGrid
 
@@ -24,6 +24,14 @@ class FluxAdapter(ModelAdapter):
 
     processors = frozenset({"FluxAttnProcessor"})
     attention = (("transformer_blocks", "attn"), ("single_transformer_blocks", "attn"))
+    presets = (
+        Preset(
+            method="paro_attention",
+            parameters={"density": 0.5},
+            provenance="published",
+            source="arXiv:2506.16054, Flux.1 at 1024x1024; to be measured first with sparsediff calibrate",
+        ),
+    )
 
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """Text, then the image that `img_ids [S, 3]` describe, then reference images."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from sparsediff.adapter import ModelAdapter
 from sparsediff.pipelines.flux import FluxAdapter
 from sparsediff.token_grid import TokenGrid
 
@@ -29,6 +30,8 @@ class Flux2Adapter(FluxAdapter):
             "Flux2ParallelSelfAttnProcessor",
         }
     )
+
+    presets = ModelAdapter.presets
 
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """Text, then the image that `img_ids [B, S, 4]` describe, then reference images."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from sparsediff.adapter import ModelAdapter
+from sparsediff.adapter import ModelAdapter, Preset
 from sparsediff.pipelines.latents import video_grid
 from sparsediff.token_grid import TokenGrid
 
@@ -25,6 +25,20 @@ class HunyuanVideoAdapter(ModelAdapter):
     attention = (("transformer_blocks", "attn"), ("single_transformer_blocks", "attn"))
     padding_mask = "keys"
     pads_last = True  # the model counts the words of `encoder_attention_mask`, and shows as many
+    presets = (
+        Preset(
+            method="draft_attention",
+            parameters={"sparsity": 0.9},
+            provenance="published",
+            source="arXiv:2505.14708, 768x1280, 129 frames",
+        ),
+        Preset(
+            method="adaspa",
+            parameters={"sparsity": 0.8},
+            provenance="published",
+            source="arXiv:2502.21079, 720p, 129 frames",
+        ),
+    )
 
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """The latent video, then the text `encoder_hidden_states [B, T, C]`."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from sparsediff.adapter import ModelAdapter
 from sparsediff.pipelines.flux import FluxAdapter
 from sparsediff.pipelines.image_ids import one_image
 from sparsediff.token_grid import TokenGrid
@@ -25,6 +26,7 @@ class QwenImageAdapter(FluxAdapter):
     processors = frozenset({"QwenDoubleStreamAttnProcessor2_0"})
     attention = (("transformer_blocks", "attn"),)
     padding_mask = "keys"
+    presets = ModelAdapter.presets
 
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """Text, then the image of `img_shapes[0][0] = (frames, height, width)`, then the others of that list."""

@@ -7,6 +7,7 @@ cross-attention (`attn2`).  Diffusion forcing gives every latent frame a noise l
 
 from __future__ import annotations
 
+from sparsediff.adapter import ModelAdapter
 from sparsediff.pipelines.wan import WanAdapter
 
 
@@ -14,4 +15,5 @@ class SkyReelsV2Adapter(WanAdapter):
     """`SkyReelsV2Transformer3DModel`."""
 
     processors = frozenset({"SkyReelsV2AttnProcessor"})
+    presets = ModelAdapter.presets
     mask_reason = "a block-causal mask (diffusion forcing with causal_block_size)"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from sparsediff.adapter import ModelAdapter
+from sparsediff.adapter import ModelAdapter, Preset
 from sparsediff.pipelines.latents import video_grid
 from sparsediff.token_grid import TokenGrid
 
@@ -20,6 +20,25 @@ class WanAdapter(ModelAdapter):
 
     processors = frozenset({"WanAttnProcessor"})
     attention = (("blocks", "attn1"),)
+    presets = (
+        Preset(
+            method="draft_attention",
+            parameters={"sparsity": 0.75},
+            provenance="published",
+            source="arXiv:2505.14708, Wan 2.1 at 768x1280 and 512x768, 81 frames",
+        ),
+        Preset(
+            method="lite_attention",
+            parameters={"threshold": -10.0},
+            provenance="published",
+            source="arXiv:2511.11062, Wan 2.1 and 2.2 14B at 720p",
+        ),
+        Preset(
+            method="auto",
+            provenance="measured here",
+            source="docs/methods.md, the bundled tiny-wan only",
+        ),
+    )
 
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """The latent video."""
@@ -31,6 +50,8 @@ class WanVACEAdapter(WanAdapter):
 
     Reference images sit in front as extra latent frames and count as frames of the grid.
     """
+
+    presets = ModelAdapter.presets
 
     def attention_layers(self, model: nn.Module) -> list[tuple[str, nn.Module, int]]:
         """`vace_blocks.N.attn1`, each as deep as the main layer that it controls, then `blocks.N.attn1`."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from sparsediff.adapter import ModelAdapter
 from sparsediff.pipelines.latents import video_grid
 from sparsediff.pipelines.packed import video_amid
 from sparsediff.pipelines.wan import WanAdapter
@@ -19,6 +20,8 @@ from sparsediff.token_grid import TokenGrid
 
 class WanAnimateAdapter(WanAdapter):
     """`WanAnimateTransformer3DModel`; its processor is a copy of Wan's under the same name."""
+
+    presets = ModelAdapter.presets
 
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """`hidden_states [B, C, 1 + F, H, W]`: the character, then the video."""

@@ -67,7 +67,9 @@ class ModelAdapter(ABC):
     """One a model family; stateless."""
 
     # Settings to begin with, the most trusted first.
-    presets: ClassVar[tuple[Preset, ...]] = ()
+    presets: ClassVar[tuple[Preset, ...]] = (
+        Preset(method="auto", provenance="guess", source="the default; not run on these weights"),
+    )
 
     # Stock processor classes that make one attention call over the whole sequence, by `dispatch_attention_fn` or by
     # `scaled_dot_product_attention`.

@@ -3,14 +3,15 @@
 from functools import partial
 
 from families.registry import Family, embeddings, generator
+from PIL import Image
 
 from sparsediff.testing import make_local, seeded
 
 TEXT = 20
 
 
-def build(**changes):
-    from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+def build(pipeline="CogVideoXPipeline", **changes):
+    import diffusers
 
     sizes = {
         "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
@@ -18,29 +19,53 @@ def build(**changes):
         "max_text_seq_length": TEXT, "use_rotary_positional_embeddings": True,
     }  # fmt: skip
     with seeded(0):
-        model = CogVideoXTransformer3DModel(**{**sizes, **changes}).eval()
-    return CogVideoXPipeline(
+        model = diffusers.CogVideoXTransformer3DModel(**{**sizes, **changes}).eval()
+        # What an image or a video comes in through.
+        vae = None if pipeline == "CogVideoXPipeline" else _vae(diffusers.AutoencoderKLCogVideoX)
+    return getattr(diffusers, pipeline)(
         tokenizer=None,
         text_encoder=None,
-        vae=None,
+        vae=vae,
         transformer=make_local(model),
-        scheduler=CogVideoXDDIMScheduler(),
+        scheduler=diffusers.CogVideoXDDIMScheduler(),
     )
 
 
-def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0):
+def _vae(vae_class):
+    return vae_class(
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(4, 4, 4, 4), latent_channels=4, layers_per_block=1, norm_num_groups=2,
+        temporal_compression_ratio=4,
+    ).eval()  # fmt: skip
+
+
+def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0, **options):
     height, width, frames = size
     return pipe(
         prompt_embeds=embeddings(1, TEXT, 16),
         negative_prompt_embeds=embeddings(1, TEXT, 16, seed=1),
         height=height,
         width=width,
-        num_frames=frames,
+        **({} if "video" in options else {"num_frames": frames}),
         num_inference_steps=steps,
         guidance_scale=1.0 if guidance == "off" else 3.0,
         output_type="latent",
         generator=generator(seed),
+        **options,
     ).frames
+
+
+def call_with_image(pipe, size, **options):
+    height, width, _ = size
+    return call(pipe, size, image=Image.new("RGB", (width, height), "red"), **options)
+
+
+def call_with_video(pipe, size, **options):
+    height, width, frames = size
+    video = [Image.new("RGB", (width, height), (9 * i, 0, 90)) for i in range(frames)]
+    # Four steps at half strength: two, in the middle of the schedule.
+    options["steps"] = 2 * options.get("steps", 2)
+    return call(pipe, size, video=video, strength=0.5, **options)
 
 
 FAMILIES = [
@@ -63,6 +88,23 @@ FAMILIES = [
             (96, 128, 21): f"{TEXT} text + 3x6x8",
             (112, 80, 29): f"{TEXT} text + 4x7x5",
         },
+        guidance=("batched", "off"),
+        outside=TEXT,
+    ),
+    Family(
+        name="cogvideox-i2v",
+        # The image's latents come as further channels.
+        build=partial(build, "CogVideoXImageToVideoPipeline", in_channels=8),
+        call=call_with_image,
+        sizes={(96, 128, 9): f"{TEXT} text + 3x6x8", (112, 80, 13): f"{TEXT} text + 4x7x5"},
+        guidance=("batched", "off"),
+        outside=TEXT,
+    ),
+    Family(
+        name="cogvideox-v2v",
+        build=partial(build, "CogVideoXVideoToVideoPipeline"),
+        call=call_with_video,
+        sizes={(96, 128, 9): f"{TEXT} text + 3x6x8", (112, 80, 13): f"{TEXT} text + 4x7x5"},
         guidance=("batched", "off"),
         outside=TEXT,
     ),

@@ -1,0 +1,349 @@
+"""What there is to know about each model family before enabling it, for people and for the table of `sparsediff models`.
+
+What an adapter already says (masks, presets) is read from the adapter; `tests/pipelines/test_cards.py` holds the rest to
+diffusers itself: the pipelines that take a transformer, and the transformers that have no adapter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CONFORMANCE = "conformance tests on tiny random weights"
+REVISION = "0.42.1"  # of diffusers, that the lists below were read in
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """One transformer class and who runs it.
+
+    Attributes:
+        family: what people call it.
+        transformer: its class.
+        pipelines: those of diffusers that take it.
+        tokens: of one eligible attention call, in order.
+        guidance: how its branches come: `"one after the other"`, `"in one batch"`, ...
+        checked: names of its members in the conformance tests, or of a test module of its own.
+        real: what was run at its real size.
+        note: what to know beside that.
+    """
+
+    family: str
+    transformer: str
+    pipelines: tuple[str, ...]
+    tokens: str
+    guidance: str
+    checked: tuple[str, ...]
+    real: str = "not yet"
+    note: str = ""
+
+
+SEQUENTIAL, BATCHED = "one after the other", "in one batch"
+SHORT = "1024x1024 pixels are 4,096 image tokens, too few to pay on a GPU; think of it from 2048x2048 (16,384) on"
+
+CARDS = (
+    ModelCard(
+        family="Wan 2.1 and 2.2",
+        transformer="WanTransformer3DModel",
+        pipelines=(
+            "WanPipeline",
+            "WanImageToVideoPipeline",
+            "WanVideoToVideoPipeline",
+            "LucyEditPipeline",
+        ),
+        tokens="video",
+        guidance=SEQUENTIAL,
+        checked=("wan", "wan-2.2", "wan-ti2v", "wan-flf2v"),
+        real="one step of 2.1 14B at 720p, random weights, on one H200 (docs/performance.md)",
+        note="Both experts of 2.2; first and last frame; one timestep a token (5B).",
+    ),
+    ModelCard(
+        family="Wan VACE",
+        transformer="WanVACETransformer3DModel",
+        pipelines=("WanVACEPipeline",),
+        tokens="reference frames and video, one grid",
+        guidance=SEQUENTIAL,
+        checked=("wan-vace",),
+        note="The control layers run sparse too.",
+    ),
+    ModelCard(
+        family="Wan Animate",
+        transformer="WanAnimateTransformer3DModel",
+        pipelines=("WanAnimatePipeline",),
+        tokens="character's picture (exact) + video",
+        guidance=SEQUENTIAL,
+        checked=("wan-animate",),
+        note="The face blocks' attention stays as it is.",
+    ),
+    ModelCard(
+        family="HunyuanVideo",
+        transformer="HunyuanVideoTransformer3DModel",
+        pipelines=(
+            "HunyuanVideoPipeline",
+            "HunyuanVideoImageToVideoPipeline",
+            "HunyuanSkyreelsImageToVideoPipeline",
+        ),
+        tokens="video + text",
+        guidance="an input of the model; one after the other with true_cfg_scale",
+        checked=("hunyuan-video",),
+        note="SkyReels-V1 is this transformer.",
+    ),
+    ModelCard(
+        family="HunyuanVideo 1.5",
+        transformer="HunyuanVideo15Transformer3DModel",
+        pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
+        tokens="video + text and image features",
+        guidance="the guider's choice, one call a branch",
+        checked=("hunyuan-video-1.5",),
+    ),
+    ModelCard(
+        family="LTX-Video",
+        transformer="LTXVideoTransformer3DModel",
+        pipelines=(
+            "LTXPipeline",
+            "LTXImageToVideoPipeline",
+            "LTXConditionPipeline",
+            "LTXI2VLongMultiPromptPipeline",
+        ),
+        tokens="conditions (exact) + video",
+        guidance=BATCHED,
+        checked=("ltx", "ltx-condition"),
+    ),
+    ModelCard(
+        family="LTX-2",
+        transformer="LTX2VideoTransformer3DModel",
+        pipelines=(
+            "LTX2Pipeline",
+            "LTX2ConditionPipeline",
+            "LTX2DFRPipeline",
+            "LTX2DFRTemporalRefinePipeline",
+            "LTX2HDRPipeline",
+            "LTX2ImageToVideoPipeline",
+            "LTX2InContextPipeline",
+        ),
+        tokens="video + keyframes and references (exact)",
+        guidance="up to three calls a step, of one or two branches",
+        checked=("ltx-2",),
+        note="The video's self-attention only; audio and cross-attention stay as they are.",
+    ),
+    ModelCard(
+        family="CogVideoX 1.0 and 1.5",
+        transformer="CogVideoXTransformer3DModel",
+        pipelines=(
+            "CogVideoXPipeline",
+            "CogVideoXImageToVideoPipeline",
+            "CogVideoXVideoToVideoPipeline",
+            "CogVideoXFunControlPipeline",
+        ),
+        tokens="text + video",
+        guidance=BATCHED,
+        checked=("cogvideox", "cogvideox-1.5", "cogvideox-i2v", "cogvideox-v2v"),
+    ),
+    ModelCard(
+        family="Mochi 1",
+        transformer="MochiTransformer3DModel",
+        pipelines=("MochiPipeline",),
+        tokens="video + words of one sample",
+        guidance=BATCHED,
+        checked=("mochi",),
+        note="Attends sample by sample; padding is never read.",
+    ),
+    ModelCard(
+        family="SkyReels-V2",
+        transformer="SkyReelsV2Transformer3DModel",
+        pipelines=(
+            "SkyReelsV2Pipeline",
+            "SkyReelsV2ImageToVideoPipeline",
+            "SkyReelsV2DiffusionForcingPipeline",
+            "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+            "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+        ),
+        tokens="video",
+        guidance=SEQUENTIAL,
+        checked=("skyreels-v2", "skyreels-v2-df"),
+    ),
+    ModelCard(
+        family="Cosmos 1.0, Predict 2 and 2.5, Transfer 2.5",
+        transformer="CosmosTransformer3DModel",
+        pipelines=(
+            "CosmosTextToWorldPipeline",
+            "CosmosVideoToWorldPipeline",
+            "Cosmos2TextToImagePipeline",
+            "Cosmos2VideoToWorldPipeline",
+            "Cosmos2_5_PredictBasePipeline",
+            "Cosmos2_5_TransferPipeline",
+        ),
+        tokens="video",
+        guidance=SEQUENTIAL,
+        checked=("cosmos", "cosmos-2.5"),
+    ),
+    ModelCard(
+        family="Kandinsky 5",
+        transformer="Kandinsky5Transformer3DModel",
+        pipelines=(
+            "Kandinsky5T2VPipeline",
+            "Kandinsky5I2VPipeline",
+            "Kandinsky5T2IPipeline",
+            "Kandinsky5I2IPipeline",
+        ),
+        tokens="video",
+        guidance=SEQUENTIAL,
+        checked=("kandinsky-5",),
+        note="Refused while the checkpoint's own sparse attention (NABLA) is on.",
+    ),
+    ModelCard(
+        family="EasyAnimate 5.1",
+        transformer="EasyAnimateTransformer3DModel",
+        pipelines=(
+            "EasyAnimatePipeline",
+            "EasyAnimateInpaintPipeline",
+            "EasyAnimateControlPipeline",
+        ),
+        tokens="text + video",
+        guidance=BATCHED,
+        checked=("easyanimate",),
+    ),
+    ModelCard(
+        family="Allegro",
+        transformer="AllegroTransformer3DModel",
+        pipelines=("AllegroPipeline",),
+        tokens="video",
+        guidance=BATCHED,
+        checked=("allegro",),
+    ),
+    ModelCard(
+        family="Flux.1",
+        transformer="FluxTransformer2DModel",
+        pipelines=(
+            "FluxPipeline",
+            "FluxImg2ImgPipeline",
+            "FluxInpaintPipeline",
+            "FluxFillPipeline",
+            "FluxKontextPipeline",
+            "FluxKontextInpaintPipeline",
+            "FluxControlPipeline",
+            "FluxControlImg2ImgPipeline",
+            "FluxControlInpaintPipeline",
+            "FluxControlNetPipeline",
+            "FluxControlNetImg2ImgPipeline",
+            "FluxControlNetInpaintPipeline",
+            "VisualClozePipeline",
+            "VisualClozeGenerationPipeline",
+        ),
+        tokens="text + image + references (exact)",
+        guidance="an input of the model; one after the other with true_cfg_scale",
+        checked=("flux", "flux-kontext"),
+        note=f"{SHORT}. IP-Adapter's processors are refused by name.",
+    ),
+    ModelCard(
+        family="Flux.2 and klein",
+        transformer="Flux2Transformer2DModel",
+        pipelines=(
+            "Flux2Pipeline",
+            "Flux2KleinPipeline",
+            "Flux2KleinInpaintPipeline",
+            "Flux2KleinKVPipeline",
+        ),
+        tokens="text + image + references (exact)",
+        guidance="an input of the model (dev); one after the other (klein)",
+        checked=("flux2", "flux2-klein-edit"),
+        note=f"{SHORT}. With klein's cache of reference keys calls run dense.",
+    ),
+    ModelCard(
+        family="Qwen-Image, Edit, Layered",
+        transformer="QwenImageTransformer2DModel",
+        pipelines=(
+            "QwenImagePipeline",
+            "QwenImageImg2ImgPipeline",
+            "QwenImageInpaintPipeline",
+            "QwenImageControlNetPipeline",
+            "QwenImageControlNetInpaintPipeline",
+            "QwenImageEditPipeline",
+            "QwenImageEditInpaintPipeline",
+            "QwenImageEditPlusPipeline",
+            "QwenImageLayeredPipeline",
+        ),
+        tokens="text + image or layers + references (exact)",
+        guidance=SEQUENTIAL,
+        checked=("qwen-image",),
+        note=f"{SHORT}.",
+    ),
+    ModelCard(
+        family="Z-Image",
+        transformer="ZImageTransformer2DModel",
+        pipelines=(
+            "ZImagePipeline",
+            "ZImageImg2ImgPipeline",
+            "ZImageInpaintPipeline",
+            "ZImageControlNetPipeline",
+            "ZImageControlNetInpaintPipeline",
+            "ZImageOmniPipeline",
+        ),
+        tokens="image + caption",
+        guidance=BATCHED,
+        checked=("z-image",),
+        note=f"{SHORT}. Omni, with several images in one sequence, runs dense.",
+    ),
+    ModelCard(
+        family="Stable Diffusion 3 and 3.5",
+        transformer="SD3Transformer2DModel",
+        pipelines=(
+            "StableDiffusion3Pipeline",
+            "StableDiffusion3Img2ImgPipeline",
+            "StableDiffusion3InpaintPipeline",
+            "StableDiffusion3ControlNetPipeline",
+            "StableDiffusion3ControlNetInpaintingPipeline",
+            "StableDiffusion3PAGPipeline",
+            "StableDiffusion3PAGImg2ImgPipeline",
+        ),
+        tokens="image + text",
+        guidance=BATCHED,
+        checked=("sd3", "sd3.5-medium"),
+        note=f"{SHORT}, which 3.0 cannot make. IP-Adapter is refused; what perturbed-attention guidance replaces runs dense.",
+    ),
+    ModelCard(
+        family="LLaDA2",
+        transformer="LLaDA2MoeModelLM",
+        pipelines=("LLaDA2Pipeline",),
+        tokens="prompt (chosen apart) + what is written",
+        guidance="none",
+        checked=("test_language_models",),
+        note="docs/language-models.md says what was tested with what.",
+    ),
+    ModelCard(
+        family="DiffusionGemma",
+        transformer="DiffusionGemmaForBlockDiffusion",
+        pipelines=("DiffusionGemmaPipeline",),
+        tokens="cache + canvas, which asks",
+        guidance="none",
+        checked=("test_language_models",),
+        note="The layers that read everything; heads of 512 channels have a kernel on a CPU only.",
+    ),
+)
+
+# Video transformers of diffusers without an adapter, and why; enable() refuses them with the list of those that have one.
+NOT_SPARSE = {
+    "AnyFlowFARTransformer3DModel": "reads earlier frames from a key and value cache: queries and keys differ in length",
+    "AnyFlowTransformer3DModel": "no adapter yet: built as Wan, with a processor of its own",
+    "ChronoEditTransformer3DModel": "no adapter yet: built as Wan; edits of a few frames are short",
+    "ConsisIDTransformer3DModel": "no adapter yet: CogVideoX's attention beside a face encoder's",
+    "Cosmos3OmniTransformer": "two attention calls in one, causal and over shared keys (grouped heads)",
+    "HeliosTransformer3DModel": "no adapter yet: history of several scales in front of the video",
+    "HunyuanVideoFramepackTransformer3DModel": "three scales of history in front of a short section of video: little of the sequence is a grid",
+    "JoyImageEditPlusTransformer3DModel": "no adapter yet: several images of different sizes in one sequence",
+    "JoyImageEditTransformer3DModel": "no adapter yet: reference images beside the edited one",
+    "Kandinsky6SRTransformer3DModel": "no adapter yet",
+    "Kandinsky6Transformer3DModel": "no adapter yet: a video and an audio stream that attend to each other",
+    "LatteTransformer3DModel": "attention is factorised, within frames and along time: short sequences already",
+    "MiniMaxH3Transformer3DModel": "no adapter yet: text, keyframes and audio in one sequence, in modular pipelines only",
+    "MotifVideoTransformer3DModel": "no adapter yet: joint blocks with a mask, and cross-attention within the processor",
+    "SanaVideoTransformer3DModel": "linear attention: there is nothing quadratic to leave out",
+    "SanaWMLTX2RefinerTransformer3DModel": "no adapter yet: LTX-2's blocks as a refiner",
+    "SanaWMTransformer3DModel": "linear attention in most layers: there is nothing quadratic to leave out",
+    "WanAnimate2Transformer3DModel": "brings block masks of its own, and asks for the flex backend",
+}
+
+# What people ask for that this version of diffusers does not hold.
+ABSENT = {
+    "LongCat-Video": "diffusers has LongCat-Image and LongCat-AudioDiT",
+    "Wan 2.2 S2V": "speech to video is in Wan's own repository",
+}
