@@ -28,8 +28,11 @@ import sparsediff
 from sparsediff.api import watch
 from sparsediff.budget import row_top_k
 from sparsediff.calibrator import AttentionError, calibrate
+from sparsediff.eval.environment import environment, git_commit
 from sparsediff.eval.metrics import fidelity
 from sparsediff.eval.st_lpips import st_lpips
+from sparsediff.eval.study_report import mean
+from sparsediff.eval.video import check_writable
 from sparsediff.methods import (
     AdaSpa,
     AttentionSite,
@@ -43,7 +46,7 @@ from sparsediff.methods import (
     SparseVDiT,
 )
 from sparsediff.pipelines import tiny
-from sparsediff.pipelines.tiny.evaluate import decode, exam, generate
+from sparsediff.pipelines.tiny.evaluate import EXAM, decode, exam, generate
 from sparsediff.schedule import Schedule
 
 DENSITIES = (0.3, 0.2, 0.5)
@@ -51,6 +54,7 @@ THRESHOLDS = (-4.0, -2.0, -1.0, -0.5)  # LiteAttention has no budget to set
 ERRORS = (0.02, 0.05, 0.1)  # Sparse-vDiT as published has none either
 DENSE_SHARE = 0.2
 BLOCK = 64
+CALIBRATION_PROMPTS, CALIBRATION_SEED = 2, 10_000  # captions that are not compared
 ERROR_CLIPS = 4  # of which the error of every attention call is measured
 SCHEMA = 1
 
@@ -135,12 +139,16 @@ def arms() -> Iterator[Arm]:
 
 def run(args: argparse.Namespace) -> None:
     """Generate every arm, compare, write."""
+    chosen = _chosen_arms(args)
+    check_writable(args.out)
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     pipe = tiny.load_folder(tiny.WEIGHTS, args.model, torch_dtype=dtype, device=device)
     pipe.set_progress_bar_config(disable=True)
-    _, prompts = exam(args.prompts)
-    prompts = [p for p in prompts for _ in range(args.seeds)]
+    # Those after the compared ones calibrate.
+    _, captions = exam(args.prompts + CALIBRATION_PROMPTS)
+    prompts = [p for p in captions[: args.prompts] for _ in range(args.seeds)]
+    measured = captions[args.prompts :]
     call = {
         **tiny.CALL,
         "height": args.size,
@@ -166,21 +174,45 @@ def run(args: argparse.Namespace) -> None:
         "call": call,
         "dense_share": DENSE_SHARE,
         "dense_seconds": round(time.monotonic() - started, 2),
-        **_provenance(device),
+        "seed": 0,  # of the first clip; clip i has this and i
+        "captions": prompts,
+        "calibration": {"captions": measured, "seed": CALIBRATION_SEED},
+        "arguments": arguments(args),
+        **provenance(device),
         "arms": [],
     }
-    chosen = [a for a in arms() if not args.arms or a.method.name in args.arms]
-    for arm in chosen[args.shard :: args.shards]:
-        record = _run_arm(arm, pipe, clips, reference, prompts, call, args)
+    for arm in chosen:
+        record = _run_arm(arm, pipe, clips, reference, measured, call, args)
         result["arms"].append(record)
         result["grid"] = record.pop("grid")
         print(
-            f"{record['label']:22s} density {record['density']:.3f}  PSNR {_mean(record, 'psnr'):.2f} dB  "
-            f"SSIM {_mean(record, 'ssim'):.4f}  error {record['attention_error']:.4f}  {record['seconds']:.1f} s",
+            f"{record['label']:22s} density {record['density']:.3f}  PSNR {mean(record, 'psnr'):.2f} dB  "
+            f"SSIM {mean(record, 'ssim'):.4f}  error {record['attention_error']:.4f}  {record['seconds']:.1f} s",
             flush=True,
         )
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _chosen_arms(args: argparse.Namespace) -> list[Arm]:
+    """The arms of this shard.
+
+    Raises:
+        ValueError: an arm that there is not, or more captions than the exam has.
+    """
+    known = list(dict.fromkeys(a.method.name for a in arms()))
+    if unknown := [name for name in args.arms or () if name not in known]:
+        raise ValueError(f"no arm is called {', '.join(unknown)}; there are {', '.join(known)}")
+    if not 1 <= args.prompts <= EXAM - CALIBRATION_PROMPTS:
+        raise ValueError(
+            f"--prompts must be 1 to {EXAM - CALIBRATION_PROMPTS}: the exam has {EXAM} captions, and "
+            f"{CALIBRATION_PROMPTS} of them calibrate"
+        )
+    if not 0 <= args.shard < args.shards:
+        raise ValueError(
+            f"--shard counts from 0 to --shards - 1 = {args.shards - 1}, got {args.shard}"
+        )
+    chosen = [a for a in arms() if not args.arms or a.method.name in args.arms]
+    return chosen[args.shard :: args.shards]
 
 
 def _run_arm(
@@ -188,16 +220,14 @@ def _run_arm(
     pipe: object,
     clips: Callable[..., Tensor],
     reference: Tensor,
-    prompts: list[str],
+    measured: list[str],
     call: dict[str, object],
     args: argparse.Namespace,
 ) -> dict[str, object]:
     method, schedule = arm.method, arm.schedule(args.steps)
     if isinstance(method, CalibratedMethod) and method.needs_calibration:
-        # Prompts of the exam that are not compared.
-        _, all_prompts = exam(args.prompts + 2)
         calibration = calibrate(
-            pipe, method, all_prompts[-2:], seed=10_000, progress=False, call=call
+            pipe, method, measured, seed=CALIBRATION_SEED, progress=False, call=call
         )
         method = method.calibrated(calibration)
     started, reports = time.monotonic(), []
@@ -231,21 +261,19 @@ def _run_arm(
     }
 
 
-def _mean(record: dict, metric: str) -> float:
-    values = [c[metric] for c in record["clips"]]
-    return sum(values) / len(values)
-
-
-def _provenance(device: torch.device) -> dict[str, str]:
-    import diffusers
-
+def provenance(device: torch.device) -> dict[str, str]:
+    """Versions, device, commit of the checkout ("" outside one) and date."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "sparsediff": sparsediff.__version__,
+        **environment(device),
+        "commit": git_commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def arguments(args: argparse.Namespace) -> dict[str, object]:
+    """The command line as JSON takes it."""
+    given = {name: value for name, value in vars(args).items() if name != "command"}
+    return {name: str(x) if isinstance(x, Path) else x for name, x in given.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -276,7 +304,10 @@ def main(argv: list[str] | None = None) -> None:
     study_cost.add_command(commands)
     study_report.add_command(commands)
     args = parser.parse_args(argv)
-    args.command(args)
+    try:
+        args.command(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from collections import defaultdict
 from pathlib import Path
+
+from sparsediff.eval.stats import estimate
 
 METRICS = {"psnr": "PSNR dB", "ssim": "SSIM", "st_lpips": "ST-LPIPS"}
 # Okabe and Ito's palette, told apart by people who see fewer colours
@@ -20,7 +21,6 @@ COLOURS = {
     "lite_attention": "#cc79a7",
     "random": "#999999",
 }
-RESAMPLES = 2000
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -78,16 +78,19 @@ def table(result: dict) -> list[str]:
 def cost_table(cost: dict) -> list[str]:
     """Markdown: time of a search, and its share of a run's dense attention."""
     lines = [
-        "### Choosing blocks at Wan 14B 720p",
+        "### What choosing blocks costs",
         "",
-        f"{cost['grid']} tokens, {cost['heads']} heads of {cost['head_dim']}, {cost['dtype']}, random queries and keys, "
-        f"{cost['device']}, {cost['date']}. A dense cuDNN call takes {cost['dense_ms']:.0f} ms; a run has {cost['steps']} steps.",
+        f"{'x'.join(map(str, cost['grid']))} tokens, {cost['heads']} heads of {cost['head_dim']}, {cost['dtype']}, random queries and keys, "
+        f"{cost['device']}, {cost['date']}. A dense call (cuDNN's on a GPU) takes {cost['dense_ms']:.0f} ms; a run has {cost['steps']} steps.",
         "",
-        "| method | one search, ms | searches a run | share of the run's dense attention |",
-        "|---|---|---|---|",
+        "Reordering is queries, keys and values there and the output back, in every sparse step.",
+        "",
+        "| method | one search, ms | searches a run | share of the run's dense attention | reordering a call, ms | share |",
+        "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| `{row['method']}` | {row['search_ms']:.2f} | {row['searches']} | {row['share_of_dense']:.2%} |"
+        f"| `{row['method']}` | {row['search_ms']:.2f} | {row['searches']} | {row['share_of_dense']:.2%} | "
+        f"{row['reorder_ms']:.2f} | {row['reorder_share_of_dense']:.2%} |"
         for row in cost["methods"]
     ]
     return [*lines, ""]
@@ -112,17 +115,13 @@ def paired(arm: dict, auto: list[dict], metric: str, seeds: int) -> str:
         return ""
     right = next((i for i, a in enumerate(line) if a["density"] >= arm["density"]), len(line) - 1)
     low, high = line[max(right, 1) - 1], line[max(right, 1)]
-    share = (arm["density"] - low["density"]) / (high["density"] - low["density"])
+    span = high["density"] - low["density"]
+    share = (arm["density"] - low["density"]) / span if span else 0.0
     differences = [
         clip[metric] - (a[metric] + share * (b[metric] - a[metric]))
         for clip, a, b in zip(arm["clips"], low["clips"], high["clips"], strict=True)
     ]
-    # The seeds of one prompt are no independent evidence.
-    prompts = [mean_of(differences[i : i + seeds]) for i in range(0, len(differences), seeds)]
-    draw = random.Random(0)
-    means = sorted(mean_of(draw.choices(prompts, k=len(prompts))) for _ in range(RESAMPLES))
-    start, stop = means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)]
-    return f"{mean_of(prompts):+.2f} ({start:+.2f} to {stop:+.2f})"
+    return estimate((i // seeds, x) for i, x in enumerate(differences)).format(sign=True)
 
 
 def mean_of(values: list[float]) -> float:

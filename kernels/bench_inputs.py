@@ -154,6 +154,10 @@ def sustained_ms(runs: dict[str, Callable[[], object]], seconds: float = 0.25) -
 
 
 def git_commit() -> str:
-    """The commit of the checkout that runs, or "" outside one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    """The commit of the checkout that runs, with `-dirty` where files differ from it, or "" outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        run = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""  # no git on this machine
+    return run.stdout.strip()
