@@ -1,0 +1,56 @@
+"""Steps of models that denoise block by block, with the real scheduler."""
+
+from types import SimpleNamespace
+
+import pytest
+from diffusers import BlockRefinementScheduler
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsediff.block_clock import BlockClock
+
+
+def pipeline(steps=4, blocks=3):
+    """What a clock sees of one."""
+    scheduler = BlockRefinementScheduler()
+    scheduler.set_timesteps(steps)
+    return Pipe(scheduler=scheduler, _num_timesteps=steps * blocks)
+
+
+class Pipe(SimpleNamespace):
+    """A clock holds its pipeline weakly."""
+
+
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(1, 4))
+def test_a_block_starts_at_its_share_of_the_run_however_long_the_others_took(calls, steps):
+    pipe = pipeline(steps, len(calls))
+    clock = BlockClock(pipe)
+    for block, count in enumerate(calls):
+        for call in range(count):
+            tick = clock.read(None, context=32 * (block + 1))
+            assert tick.step == block * steps + min(call, steps - 1)
+            assert tick.num_steps == steps * len(calls)
+            assert tick.sigma == pytest.approx(1 - min(call, steps - 1) / steps)
+            assert tick.generation == 0
+
+
+def test_setting_timesteps_starts_a_generation():
+    pipe = pipeline()
+    clock = BlockClock(pipe)
+    clock.read(None, context=32)
+    assert clock.read(None, context=32).step == 1
+    pipe.scheduler.set_timesteps(4)  # the same prompt again, after an exception as well
+    tick = clock.read(None, context=32)
+    assert (tick.generation, tick.step) == (1, 0)
+
+
+def test_without_a_pipeline_the_context_tells():
+    clock = BlockClock(None, num_steps=6)
+    ticks = [clock.read(None, context=n) for n in (32, 32, 64, 64, 64, 32)]
+    assert [t.step for t in ticks] == [0, 1, 2, 3, 4, 0]
+    assert [t.generation for t in ticks] == [0, 0, 0, 0, 0, 1]
+    assert {t.num_steps for t in ticks} == {6}
+    assert ticks[0].sigma is None
+    clock.begin_generation(9)
+    tick = clock.read(None, context=64)
+    assert (tick.generation, tick.step, tick.num_steps) == (2, 0, 9)
