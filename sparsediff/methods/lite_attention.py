@@ -41,7 +41,7 @@ class LiteAttention(CalibratedMethod):
             alone, so what comes first is kept (the first always) and an early high maximum drops more of the rest:
             "descending" (published) from the last key tile to the first, "alternate" (the authors' later code) turned
             round at every step, "centre-out" (the radial order that the paper proposes) from the query's own place
-            outwards.  A ragged last tile comes first in each.
+            outwards.  A ragged last tile comes first in each, and calls with padded keys are always descending.
         must_keep: token ranges whose tiles are visited by every query and whose queries visit every tile; text is so
             without being named.  Ranges grow to whole tiles.
         must_skip: token ranges that no query attends to, from the first call on; they shrink to whole tiles.
