@@ -26,7 +26,7 @@ class Auto(Custom):
 
     Attributes:
         density: share of key blocks that every query block keeps.
-        windows: `None` offers each head a patch of one frame and a column through all frames.
+        windows: `None` offers each head a patch of one frame and a column through all frames; an image has patches only.
 
     The other parameters are those of `Custom`.
     """
@@ -68,6 +68,8 @@ class Auto(Custom):
         if self.windows is not None:
             return super().order(site)
         block = self.block_size(site.grid)[0]
+        if site.grid.shape[0] == 1:
+            return TokenOrder((PATCHES[block],))
         return TokenOrder(tuple(dict.fromkeys((PATCHES[block], column(site.grid, block)))))
 
 
