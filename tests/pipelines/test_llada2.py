@@ -75,7 +75,13 @@ def test_edits_after_the_last_step_reuse_its_mask(pipe):
     with sparsediff.enable(pipe, SparseD(block=32), schedule=NOW) as handle:
         handle.states[0].witness = calls.append
         lm.write(
-            pipe, steps=2, length=24, editing_threshold=1e-6, max_post_steps=3, temperature=2.0
+            pipe,
+            steps=2,
+            length=24,
+            threshold=0.0,
+            editing_threshold=1e-6,
+            max_post_steps=3,
+            temperature=2.0,
         )
     mine = [c for c in calls if c.layer == calls[0].layer]
     assert len(mine) > 2
