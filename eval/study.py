@@ -101,13 +101,12 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """Method and density, as the tables name it."""
-        name = self.method.name
-        return (
-            f"{name} {self.method.threshold:g}"
-            if self.target is None
-            else f"{name} {self.target:g}"
-        )
+        """Method and density, or what it has in place of one, as the tables name it."""
+        knob = self.target
+        if knob is None:
+            lite = isinstance(self.method, LiteAttention)
+            knob = self.method.threshold if lite else self.method.epsilon
+        return f"{self.method.name} {knob:g}"
 
     def schedule(self, steps: int) -> Schedule:
         """A method that searches in a dense call of its own gets one scheduled step less."""
@@ -131,7 +130,10 @@ def arms() -> Iterator[Arm]:
     for error in ERRORS:
         # The cost of a block is a block: at these sizes a GPU's time says more about launches.
         yield Arm(
-            SparseVDiT(lambda_=error, epsilon=error, costs=(1.0, 0.0, 0.25, 0.25, 0.25)), None
+            SparseVDiT(
+                lambda_=error, epsilon=error, costs=(1.0, 0.0, 0.25, 0.25, 0.25), block=BLOCK
+            ),
+            None,
         )
     for threshold in THRESHOLDS:
         yield Arm(LiteAttention(threshold=threshold, tile=(BLOCK, BLOCK)), None)
