@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 
 CONSTANTS = {"true": "True", "false": "False", "none": "None"}
 
@@ -33,6 +32,12 @@ def parse_value(text: str) -> object:
 
 
 def split_outside_brackets(text: str) -> list[str]:
-    """At commas that are in no bracket: `tile=(64, 64),threshold=-1` has two parts."""
-    parts = re.findall(r"(?:[^,(\[{]|\([^)]*\)|\[[^\]]*\]|\{[^}]*\})+", text)
+    """At commas that are in no bracket: `windows=((1, 8, 8), 'HWF'),threshold=-1` has two parts."""
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += char
     return [part.strip() for part in parts if part.strip()]
