@@ -108,7 +108,31 @@ def _arm(summary: ArmSummary, arm: ArmResult, place: int) -> dict[str, object]:
         "metrics": {name: triple(value) for name, value in summary.metrics.items()},
         "differences": {name: triple(value) for name, value in summary.differences.items()},
         "forecast": summary.forecast,
+        "seconds": _seconds(summary, arm),
+        "peakBytes": summary.peak_memory_bytes,
+        "joules": _mean([clip.energy_joules for clip in arm.clips]),
     }
+
+
+def _seconds(summary: ArmSummary, arm: ArmResult) -> dict[str, float | None]:
+    """Where a clip's time goes, mean over clips; parts that hold one another are taken apart."""
+    attention = mask = None
+    if summary.attention_share is not None:
+        attention = summary.attention_share * summary.denoiser_seconds
+        mask = attention * (summary.mask_share or 0.0)
+    return {
+        "text": _mean([c.timings.text.median if c.timings.text else None for c in arm.clips]),
+        "attention": None if attention is None else attention - mask,
+        "mask": mask,
+        "denoiser": summary.denoiser_seconds - (attention or 0.0),
+        "decode": _mean([c.timings.decode.median if c.timings.decode else None for c in arm.clips]),
+        "total": summary.seconds,
+    }
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _subtitle(arm: ArmResult) -> str:

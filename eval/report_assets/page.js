@@ -106,6 +106,30 @@ if (quality.length && sparse.length) {
   onPick(say);
 }
 
+/* -- time ------------------------------------------------------------------------------------------------------------------- */
+
+const PARTS = [["text", "prompt"], ["attention", "attention"], ["mask", "choosing blocks"], ["denoiser", "rest of the denoiser"], ["decode", "decoding"], ["other", "other"]];
+
+function timeBars() {
+  const longest = Math.max(...DATA.arms.map((arm) => arm.seconds.total));
+  const rows = DATA.arms.map((arm) => {
+    const parts = { ...arm.seconds };
+    const undivided = parts.attention == null;
+    parts.other = Math.max(0, parts.total - ["text", "attention", "mask", "denoiser", "decode"].reduce((sum, name) => sum + (parts[name] ?? 0), 0));
+    const bar = el("div", { class: "bar", style: `width:${100 * parts.total / longest}%` }, PARTS.filter(([name]) => parts[name] > 0).map(([name, label]) => {
+      const text = name === "denoiser" && undivided ? "denoiser, attention included" : label;
+      const lines = [arm.label, `${text}: ${digits(parts[name], 2)} s, ${percent(parts[name] / parts.total)} of the call`];
+      return el("i", { class: `part-${name}`, style: `flex:${parts[name]}`, title: lines.join("\n"), onpointermove: (event) => showTip(event.clientX, event.clientY, lines), onpointerleave: hideTip });
+    }));
+    const facts = [`${digits(parts.total, parts.total < 10 ? 2 : 1)} s`, arm.peakBytes && `${digits(arm.peakBytes / 2 ** 30, 2)} GiB`, arm.joules && `${digits(arm.joules, 0)} J`].filter(Boolean);
+    return el("div", { class: "timed" }, el("span", { class: "who" }, dot(arm), arm.label), el("div", { class: "track" }, bar), el("span", { class: "sum" }, facts.join(" · ")));
+  });
+  const used = PARTS.filter(([name]) => rows.some((row) => row.querySelector(`.part-${name}`)));
+  return el("div", { class: "card", id: "time-bars" }, rows, el("div", { class: "legend" }, used.map(([name, label]) => el("span", {}, el("i", { class: `swatch part-${name}` }), label))));
+}
+
+section("time", "Where the time goes", "One clip, mean over prompts; the figure behind a bar is the whole call, and the largest memory where it was measured.", timeBars());
+
 /* -- pickers ------------------------------------------------------------------------------------------------------------------ */
 
 const armOptions = DATA.arms.map((arm) => [arm.id, arm.label]);

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import re
+import shlex
 
 import pytest
 import torch
 
 from sparsediff.block_mask import pack_bits
+from sparsediff.eval.arms import parse_arm
 from sparsediff.eval.captured import Capture, CapturedCall
 from sparsediff.eval.report import Blobs, json_for_script, write_report
 from sparsediff.eval.report_masks import kept_of_rows, mass_to_bytes
@@ -73,6 +75,37 @@ def test_the_headline_says_how_fast_and_how_good(results_folder):
         "\N{MULTIPLICATION SIGN} dense",
     )
     assert tiles["PSNR to dense"]["note"] == "29.0 to 30.0 (2 prompts)"
+
+
+def test_time_is_taken_apart(results_folder):
+    arm = data_of(write_report(results_folder))["arms"][1]
+    seconds = arm["seconds"]
+    whole = load_results(results_folder).arm("auto-density=0.3").clips[0].timings
+    assert seconds["total"] == pytest.approx(whole.total.median)
+    assert seconds["attention"] + seconds["mask"] == pytest.approx(whole.attention.median)
+    assert seconds["mask"] == pytest.approx(whole.mask.median, rel=0.02)
+    parts = seconds["attention"] + seconds["mask"] + seconds["denoiser"]
+    assert parts == pytest.approx(whole.denoiser.median)
+    assert arm["peakBytes"] == 500 << 20
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "auto",
+        "auto:density=0.3,dense_steps=2",
+        "lite_attention:threshold=-1,tile=(64,64)",
+        "custom:windows=((1,8,8),'HWF')",
+    ],
+)
+def test_what_is_to_be_typed_again_is_the_same_arm(make_results_folder, tmp_path, text):
+    arm = parse_arm(text)
+    folder = make_results_folder(tmp_path, arms=("dense", "auto-density=0.3"), videos=False)
+    change(folder, "auto-density=0.3", label=arm.label)
+    command = shlex.split(data_of(write_report(folder))["reproduce"]["command"])
+    assert parse_arm(command[command.index("--arm") + 1]) == arm
+    assert command[:6] == ["sparsediff", "eval", "run", "--model", "tiny-wan", "--prompt"]
+    assert command[command.index("--steps") + 1] == "8"
 
 
 def test_a_slower_method_is_not_called_faster(make_results_folder, tmp_path):

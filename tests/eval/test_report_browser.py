@@ -87,9 +87,11 @@ def test_it_opens_and_draws_every_part(opened, report):
     assert page.locator("#summary tbody tr").count() == 4
     assert page.locator("[data-plot] svg [role=button]").count() == 8
     assert page.locator("[data-curve] svg path").count() > 8
+    assert page.locator("#time-bars .bar").count() == 4
+    assert page.locator("#time-bars .bar .part-mask").count() == 3, "a dense arm chooses no blocks"
     assert page.locator("[data-heat=steps] rect[data-row]").count() == 6 * 8
     assert page.locator("[data-heat=heads] rect[data-row]").count() == 6 * 4
-    for part in ("results", "tradeoff", "clips", "curves", "density", "masks", "checks", "caveats", "environment", "reproduce"):  # fmt: skip
+    for part in ("results", "tradeoff", "time", "clips", "curves", "density", "masks", "checks", "caveats", "environment", "reproduce"):  # fmt: skip
         assert page.locator(f"#{part}").is_visible(), part
 
 
