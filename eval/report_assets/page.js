@@ -116,10 +116,11 @@ function timeBars() {
     const parts = { ...arm.seconds };
     const undivided = parts.attention == null;
     parts.other = Math.max(0, parts.total - ["text", "attention", "mask", "denoiser", "decode"].reduce((sum, name) => sum + (parts[name] ?? 0), 0));
-    const bar = el("div", { class: "bar", style: `width:${100 * parts.total / longest}%` }, PARTS.filter(([name]) => parts[name] > 0).map(([name, label]) => {
+    const said = PARTS.filter(([name]) => parts[name] > 0).map(([name, label]) => `${label} ${digits(parts[name], 2)} s`);
+    const bar = el("div", { class: "bar", role: "img", "aria-label": `${arm.label}: ${said.join(", ")}`, style: `width:${100 * parts.total / longest}%` }, PARTS.filter(([name]) => parts[name] > 0).map(([name, label]) => {
       const text = name === "denoiser" && undivided ? "denoiser, attention included" : label;
       const lines = [arm.label, `${text}: ${digits(parts[name], 2)} s, ${percent(parts[name] / parts.total)} of the call`];
-      return el("i", { class: `part-${name}`, style: `flex:${parts[name]}`, title: lines.join("\n"), onpointermove: (event) => showTip(event.clientX, event.clientY, lines), onpointerleave: hideTip });
+      return el("i", { class: `part-${name}`, style: `flex:${parts[name]}`, onpointermove: (event) => showTip(event.clientX, event.clientY, lines), onpointerleave: hideTip });
     }));
     const facts = [`${digits(parts.total, parts.total < 10 ? 2 : 1)} s`, arm.peakBytes && `${digits(arm.peakBytes / 2 ** 30, 2)} GiB`, arm.joules && `${digits(arm.joules, 0)} J`].filter(Boolean);
     return el("div", { class: "timed" }, el("span", { class: "who" }, dot(arm), arm.label), el("div", { class: "track" }, bar), el("span", { class: "sum" }, facts.join(" · ")));
