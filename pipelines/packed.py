@@ -29,16 +29,19 @@ def volume_beside(coordinates: Tensor) -> TokenGrid:
     """The largest regular video among tokens of known place; what stands before or after it are reference frames.
 
     Args:
-        coordinates: `[B, 3, S]` or `[B, 3, S, 2]` (start and end): time, row and column of each token, alike in a batch.
+        coordinates: time, row and column of each token, alike in a batch: `[B, 3, S]`, `[B, 3, S, 2]` (start and end) or
+            `[S, 3]`.
 
     Raises:
         ValueError: no two frames walk the same rows and columns one after the other.
     """
     if coordinates not in _volumes:
-        places = coordinates[0].detach()
-        _volumes[coordinates] = _largest_volume(
-            (places[..., 0] if places.ndim == 3 else places).cpu()
-        )
+        places = coordinates.detach()
+        if places.ndim == 2:
+            places = places.T
+        else:
+            places = places[0] if places.ndim == 3 else places[0, ..., 0]
+        _volumes[coordinates] = _largest_volume(places.cpu())
     return _volumes[coordinates]
 
 
@@ -46,7 +49,7 @@ def _largest_volume(places: Tensor) -> TokenGrid:
     """`places` `[3, S]`."""
     best = (0, 0, 0)  # tokens, first token, frames
     first, frames, before = 0, 0, None
-    for start, stop in _runs(places[0]):
+    for start, stop in runs(places[0]):
         frame = places[1:, start:stop]
         follows = (
             before is not None
@@ -55,10 +58,11 @@ def _largest_volume(places: Tensor) -> TokenGrid:
         )
         first, frames = (first, frames + 1) if follows else (start, 1)
         before = (places[0, start], frame)
-        best = max(best, (stop - first, first, frames), key=lambda found: found[0])
+        # Of two that are alike the later one: references come before what is made after them.
+        best = max((stop - first, first, frames), best, key=lambda found: found[0])
     tokens, first, frames = best
     frame = places[1:, first : first + tokens // frames]
-    rows = len(_runs(frame[0]))
+    rows = len(runs(frame[0]))
     columns = frame.shape[1] // rows
     walks = rows * columns == frame.shape[1] and torch.equal(
         frame,
@@ -73,8 +77,9 @@ def _largest_volume(places: Tensor) -> TokenGrid:
     return video_amid((frames, rows, columns), first, places.shape[1] - first - tokens)
 
 
-def _runs(values: Tensor) -> list[tuple[int, int]]:
+def runs(values: Tensor) -> list[tuple[int, int]]:
     """`[start, stop)` of every run of equal neighbours."""
+    if not len(values):
+        return []
     edges = (values[1:] != values[:-1]).nonzero()[:, 0] + 1
-    edges = [0, *edges.tolist(), len(values)]
-    return list(itertools.pairwise(edges))
+    return list(itertools.pairwise([0, *edges.tolist(), len(values)]))

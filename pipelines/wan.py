@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: text-, image- and video-to-video, and VACE.
+"""Wan 2.1 and 2.2: text-, image- and video-to-video, VACE, and ChronoEdit, which edits a picture as a short video.
 
 Self-attention (`attn1`) runs over the latent video alone; text and image conditioning come in through cross-attention
 (`attn2`, the same class and processor), which stays as it is.
@@ -16,7 +16,7 @@ from sparsediff.token_grid import TokenGrid
 
 
 class WanAdapter(ModelAdapter):
-    """`WanTransformer3DModel`; each expert of Wan 2.2 is one."""
+    """`WanTransformer3DModel`, each expert of Wan 2.2 being one, and `ChronoEditTransformer3DModel`, a copy of it."""
 
     processors = frozenset({"WanAttnProcessor"})
     attention = (("blocks", "attn1"),)

@@ -21,6 +21,7 @@ from sparsediff.token_grid import TokenGrid
 # Transformer class name -> "module:attribute".  Matched exactly: near names (Wan, WanAnimate2) differ in what counts.
 ADAPTERS = {
     "AllegroTransformer3DModel": "sparsediff.pipelines.allegro:AllegroAdapter",
+    "ChronoEditTransformer3DModel": "sparsediff.pipelines.wan:WanAdapter",
     "CogVideoXTransformer3DModel": "sparsediff.pipelines.cogvideox:CogVideoXAdapter",
     "CosmosTransformer3DModel": "sparsediff.pipelines.cosmos:CosmosAdapter",
     "DiffusionGemmaForBlockDiffusion": "sparsediff.pipelines.diffusion_gemma:DiffusionGemmaAdapter",
@@ -33,6 +34,7 @@ ADAPTERS = {
     "LLaDA2MoeModelLM": "sparsediff.pipelines.llada2:LLaDA2Adapter",
     "LTX2VideoTransformer3DModel": "sparsediff.pipelines.ltx2:LTX2Adapter",
     "LTXVideoTransformer3DModel": "sparsediff.pipelines.ltx:LTXAdapter",
+    "MiniMaxH3Transformer3DModel": "sparsediff.pipelines.minimax_h3:MiniMaxH3Adapter",
     "MochiTransformer3DModel": "sparsediff.pipelines.mochi:MochiAdapter",
     "QwenImageTransformer2DModel": "sparsediff.pipelines.qwen_image:QwenImageAdapter",
     "SD3Transformer2DModel": "sparsediff.pipelines.sd3:SD3Adapter",

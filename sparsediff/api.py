@@ -22,8 +22,8 @@ from sparsediff.schedule import Schedule
 from sparsediff.state import Observer, RunState
 from sparsediff.token_grid import TokenGrid
 
-# Wan 2.2 has two experts; language models are a `model`.
-COMPONENTS = ("transformer", "transformer_2", "model")
+# Wan 2.2 has two experts, MiniMax-H3 another model for references; language models are a `model`.
+COMPONENTS = ("transformer", "transformer_2", "transformer_ref", "model")
 
 
 def enable(

@@ -288,6 +288,8 @@ def test_presets_can_be_enabled(case):
         assert method.name == preset.method
 
 
-def test_the_pipeline_is_the_real_one(case):
+def test_models_and_pipelines_are_the_real_ones(case):
     assert isinstance(case.pipe, DiffusionPipeline)
-    assert type(case.pipe).__module__.startswith("diffusers.")
+    stock = [case.pipe, case.pipe.scheduler, *transformers(case.pipe)]
+    for part in stock[case.family.modular :]:
+        assert type(part).__module__.startswith("diffusers.")

@@ -30,6 +30,7 @@ class Family:
         guidance: which of `"off"`, `"batched"` (both branches in one call) and `"sequential"` it has.
         outside: tokens beside the grid, whose rows and columns stay exact; several numbers where calls differ.
         by_sample: whether each sample of a batch has an attention call of its own.
+        modular: that diffusers has a modular pipeline only, and the denoising loop is the tests'.
         masks: whether padded text is hidden by an attention mask.
         compiled: `"model"`, or how many kinds of repeated blocks there are, where stock diffusers cannot trace the model.
         lora: the modules that peft adapts.
@@ -43,6 +44,7 @@ class Family:
     guidance: tuple[str, ...] = ("off",)
     outside: int | tuple[int, ...] = 0
     by_sample: bool = False
+    modular: bool = False
     masks: bool = False
     compiled: str | int = "model"
     lora: tuple[str, ...] = ("to_q", "to_v")
