@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsediff import BlockMask
-from sparsediff.kernels import block_sparse_attention, merge_attention
+from sparsediff.kernels import attend_blocks, block_sparse_attention, merge_attention
 from sparsediff.kernels._block_sparse_reference import attend as reference
 from sparsediff.testing import assert_close_to_exact
 
@@ -74,6 +74,34 @@ def test_text_beside_video_merges():
         *(x.double().transpose(1, 2) for x in (q[:, text:], k, v)), attn_mask=seen
     ).transpose(1, 2)
     assert torch.allclose(out.double(), exact, atol=1e-5)
+
+
+@pytest.mark.parametrize("visits", ["descending", "centre-out"])
+def test_shards_evolve_by_votes_of_their_own(visits):
+    """LiteAttention over shards: every shard thins its own columns, and what is left merges exactly."""
+    block, cuts = (16, 16), [slice(0, 3), slice(3, 8)]
+    q, k, v = inputs(64, 128)
+    keep = torch.ones(2, 3, 4, 8, dtype=torch.bool)
+    for _ in range(2):
+        parts = []
+        for cut in cuts:
+            tokens = slice(cut.start * 16, cut.stop * 16)
+            shape = (64, tokens.stop - tokens.start)
+            mask = BlockMask.from_dense(keep[..., cut].contiguous(), block, shape, visits=visits)
+            parts.append(
+                attend_blocks(
+                    q, k[:, tokens], v[:, tokens], mask, return_lse=True, vote_threshold=1.0
+                )
+            )
+        out, lse = merge_attention([p.out for p in parts], [p.lse for p in parts])
+        whole, whole_lse = attend(q, k, v, keep, block)
+        assert torch.allclose(out, whole, atol=1e-5)
+        assert torch.allclose(lse, whole_lse, atol=1e-5)
+        following = torch.cat([p.vote for p in parts], -1)
+        assert (following <= keep).all()
+        assert not torch.equal(following, keep) or not keep.all(), "something is to be dropped"
+        assert all(following[..., cut].any(-1).all() for cut in cuts), "each shard keeps its first"
+        keep = following
 
 
 def test_parts_that_do_not_belong_together_are_refused():
