@@ -14,7 +14,7 @@ FAST = ["--model", "random-wan", "--steps", "2", "--device", "cpu"]
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     """The commands silence other libraries for the process they run in; tests share one."""
-    monkeypatch.setattr("sparsediff.eval.cli._quiet_libraries", lambda: None)
+    monkeypatch.setattr("sparsediff.eval.cli_flags.quiet_libraries", lambda: None)
 
 
 def test_compare_writes_everything_and_says_what_it_cost(tmp_path, capsys):

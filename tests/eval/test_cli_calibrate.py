@@ -9,7 +9,8 @@ import sparsediff
 from sparsediff import Calibration
 from sparsediff.calibration import FILE
 from sparsediff.calibrator import PARTIAL
-from sparsediff.eval.cli import _parameters, main
+from sparsediff.eval.cli import main
+from sparsediff.eval.literals import parse_settings
 from sparsediff.testing import random_wan_pipeline
 
 FAST = ["--model", "random-wan", "--steps", "2", "--guidance", "1.0", "--device", "cpu"]
@@ -19,7 +20,7 @@ VDIT = ["--method", "sparse_vdit", "--set", "costs=(1.0,0.0,0.3,0.3,0.3)", "--se
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     """The commands silence other libraries for the process they run in; tests share one."""
-    monkeypatch.setattr("sparsediff.eval.cli._quiet_libraries", lambda: None)
+    monkeypatch.setattr("sparsediff.eval.cli_flags.quiet_libraries", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
     """A calibration of two prompts."""
     folder = tmp_path_factory.mktemp("vdit")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsediff.eval.cli._quiet_libraries", lambda: None)
+        patch.setattr("sparsediff.eval.cli_flags.quiet_libraries", lambda: None)
         prompts = ["--prompt", "a small red circle", "--prompt", "two yellow stars"]
         command = ["calibrate", *FAST, *VDIT, *prompts, "--seed", "3", "--frames", "17"]
         assert main([*command, "--out", str(folder)]) == 0
@@ -210,7 +211,7 @@ def test_mistakes_are_one_line_that_names_the_fix(folder, tmp_path, capsys, monk
     ],
 )
 def test_set_reads_constants_in_any_case(text, value):
-    assert _parameters([f"head-adaptive={text}"]) == {"head_adaptive": value}
+    assert parse_settings([f"head-adaptive={text}"], "--set") == {"head_adaptive": value}
 
 
 def test_another_size_is_one_line_too(folder, tmp_path, capsys):
