@@ -32,6 +32,8 @@ CHECK_SIZES = (
 )
 # Key lengths of batches of 2 and 3: inside a block, all, none, a whole block
 CHECK_LENGTHS = {2: (385, 771), 3: (0, 128, 200)}
+# Query tokens -> order in which blocks are visited, where it is not the usual one
+CHECK_VISITS = {1000: "centre-out", 2048: "ascending"}
 
 
 def check_gluon() -> Iterator[dict]:
@@ -83,7 +85,8 @@ def check_backend(
         keep = torch.rand(batch, heads, rows, columns, device=DEVICE, generator=g) < 0.5
         keep[0, 0, -1] = False
         keep[-1, -1, 0, -1] = True
-        mask = spoil(BlockMask.from_dense(keep, block_size, (seq_q, seq_k)))
+        visits = CHECK_VISITS.get(seq_q, "descending")
+        mask = spoil(BlockMask.from_dense(keep, block_size, (seq_q, seq_k), visits=visits))
         options = {"vote_threshold": -1.0, "return_lse": True}
         exact_options = {"scale": head_dim**-0.5, "vote_threshold": -1.0, "want_lse": True}
         tokens = token_mask(mask, None)
@@ -227,6 +230,11 @@ def check_lists() -> Iterator[dict]:
                 block_lists.order_reference(keep.sum(-1).int(), 2, 3),
             ),
         }
+        for visits in ("ascending", "centre-out"):
+            pairs[visits] = (
+                block_lists.lists_from_dense(keep, visits, ragged=True),
+                block_lists.dense_reference(keep, visits, ragged=True),
+            )
         for name, (got, want) in pairs.items():
             if name == "order":
                 good = torch.equal(got[1], want[1])

@@ -62,6 +62,7 @@ def masks_and_orders() -> None:
     forced = torch.zeros(5, 5, device=DEVICE, dtype=torch.bool)
     packed = block_bitmap.pack_mask(scores > 0, forced, (64, 64), (300, 300))
     block_lists.lists_from_bitmap(packed.bitmap, 5)
+    block_lists.lists_from_bitmap(packed.bitmap, 5, "centre-out", ragged=True)
     index = torch.stack([torch.randperm(300, device=DEVICE) for _ in range(2)]).int()
     token_order.gather_tokens((q, k, v), index)
     heads = torch.tensor([0, 1, 0], device=DEVICE, dtype=torch.int32)
