@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
-
 from sparsediff.eval.metric_names import METRICS
+from sparsediff.eval.report_again import reproduce
 from sparsediff.eval.report_figures import headline_metric, is_faster
-from sparsediff.eval.results import ArmResult, Results
+from sparsediff.eval.results import Results
 from sparsediff.eval.stats import FEW, Estimate
 from sparsediff.eval.summary import PSNR_CAP, ArmSummary
 
@@ -18,15 +17,6 @@ EYES = (
     (float("-inf"), "that is a visibly different clip"),
 )
 DECIMALS = {"psnr": 1}
-# What the suite of bare prompts is called, and the flags that set the pipeline's arguments.
-SUITES_WITHOUT_NAME = ("prompts",)
-FLAGS = {
-    "num_inference_steps": "--steps",
-    "guidance_scale": "--guidance",
-    "height": "--height",
-    "width": "--width",
-    "num_frames": "--frames",
-}
 
 
 def page_words(
@@ -247,45 +237,6 @@ def _environment(results: Results) -> list[list[str]]:
             settings = ", ".join(f"{k}={v!r}" for k, v in arm.parameters.items())
             rows[arm.label] = f"{arm.method}({settings}); {arm.schedule}"
     return [[name, value] for name, value in rows.items() if value]
-
-
-def reproduce(results: Results) -> dict[str, str]:
-    """A command and lines of Python that measure the same again."""
-    first = results.arms[0]
-    prompts = list(dict.fromkeys(clip.prompt for arm in results.arms for clip in arm.clips))
-    arms = [_arm_argument(arm) for arm in results.arms if arm.role == "sparse"]
-    command = ["sparsediff", "eval", "run", "--model", first.model]
-    if first.suite in SUITES_WITHOUT_NAME:
-        command += [word for prompt in prompts for word in ("--prompt", prompt)]
-        what = f"{prompts!r}"
-    else:
-        command += ["--suite", first.suite]
-        what = f"load_suite({first.suite!r})"
-    flags = {flag: first.call[name] for name, flag in FLAGS.items() if name in first.call}
-    command += [word for flag, value in flags.items() for word in (flag, str(value))]
-    command += [word for arm in arms for word in ("--arm", arm)]
-    if any(arm.role == "random" for arm in results.arms):
-        command.append("--random")
-    command += ["--out", "report"]
-    python = (
-        "from sparsediff.eval.models import load_pipeline\n"
-        "from sparsediff.eval.report import write_report\n"
-        "from sparsediff.eval.runner import evaluate\n"
-        + (
-            ""
-            if first.suite in SUITES_WITHOUT_NAME
-            else "from sparsediff.eval.suites import load_suite\n"
-        )
-        + f"\nevaluate(load_pipeline({first.model!r}), {what}, {arms!r}, folder='report', call={first.call!r})\n"
-        "write_report('report')"
-    )
-    return {"command": shlex.join(command), "python": python}
-
-
-def _arm_argument(arm: ArmResult) -> str:
-    """As `parse_arm` reads it; a label is the method's name and what was set."""
-    name, _, settings = arm.label.partition(" ")
-    return f"{name}:{settings.replace(', ', ',')}" if settings else name
 
 
 def format_metric(name: str, value: float) -> str:

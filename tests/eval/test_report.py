@@ -11,6 +11,7 @@ import torch
 from sparsediff.block_mask import pack_bits
 from sparsediff.eval.arms import parse_arm
 from sparsediff.eval.captured import Capture, CapturedCall
+from sparsediff.eval.cli import build_parser
 from sparsediff.eval.report import Blobs, json_for_script, write_report
 from sparsediff.eval.report_masks import kept_of_rows, mass_to_bytes
 from sparsediff.eval.results import Check, load_results, save_arm
@@ -106,6 +107,22 @@ def test_what_is_to_be_typed_again_is_the_same_arm(make_results_folder, tmp_path
     assert parse_arm(command[command.index("--arm") + 1]) == arm
     assert command[:6] == ["sparsediff", "eval", "run", "--model", "tiny-wan", "--prompt"]
     assert command[command.index("--steps") + 1] == "8"
+
+
+def test_the_command_is_one_that_the_command_line_takes(make_results_folder, tmp_path):
+    folder = make_results_folder(tmp_path, prompts=[f"prompt {i}" for i in range(5)], seeds=(0, 3), videos=False)  # fmt: skip
+    words = data_of(write_report(folder))["reproduce"]["command"].splitlines()
+    arguments = build_parser().parse_args(shlex.split(words[0])[1:])
+    assert arguments.prompts.name == "prompts.txt"
+    assert "5 prompts of this report" in words[1]
+    assert (arguments.seeds, arguments.random, arguments.height) == ((0, 3), True, 64)
+    for arm in load_results(folder).arms:
+        save_arm(folder, dataclasses.replace(arm, suite="smoke"))
+    again = data_of(write_report(folder))["reproduce"]
+    arguments = build_parser().parse_args(shlex.split(again["command"])[1:])
+    assert (arguments.suite, arguments.limit, arguments.prompts) == ("smoke", 5, None)
+    assert "load_suite('smoke')" in again["python"]
+    compile(again["python"], "again", "exec")
 
 
 def test_a_slower_method_is_not_called_faster(make_results_folder, tmp_path):
