@@ -91,7 +91,7 @@ def _details(card: ModelCard) -> str:
 
 def _masks(adapter: ModelAdapter) -> str:
     if adapter.reads_masks:
-        return "padding and whole blocks hidden"
+        return "whole blocks and an unused end hidden; dense with padding between"
     if adapter.padding_mask is not None:
         return "padding hidden"
     if adapter.mask_reason != ModelAdapter.mask_reason:

@@ -33,6 +33,8 @@ class DiffusionGemmaAdapter(LanguageModelAdapter):
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """The cache, of which the first call's was the prompt, and `decoder_input_ids [B, C]`, which ask."""
         context, prompt = self.context(arguments), arguments["prompt_tokens"]
+        if arguments.get("decoder_input_ids") is None:
+            raise ValueError("called without decoder_input_ids: the canvas is not told")
         canvas = arguments["decoder_input_ids"].shape[1]
         return TokenGrid.line(prompt, context - prompt + canvas, queries=canvas)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from sparsediff.adapter import ModelAdapter
+from sparsediff.adapter import ModelAdapter, Preset
 from sparsediff.block_clock import BlockClock
 from sparsediff.sdpa import CaughtForward
 
@@ -19,6 +19,14 @@ from sparsediff.sdpa import CaughtForward
 class LanguageModelAdapter(ModelAdapter):
     """Base of the adapters; they name their attention modules and count their tokens."""
 
+    presets = (
+        Preset(
+            method="sparse_d",
+            parameters={"block": 128},
+            provenance="guess",
+            source="arXiv:2509.24014's setting for long contexts, published for Dream and LLaDA-1.5; not run on these weights",
+        ),
+    )
     modality = "text"
     reads_masks = True  # pipelines of language models wait for the device in every step anyhow
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparsediff.pipelines.language_model import LanguageModelAdapter, attention_modules
 from sparsediff.token_grid import TokenGrid
@@ -34,24 +34,26 @@ class LLaDA2Adapter(LanguageModelAdapter):
 
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """`input_ids [B, S]`: the prompt as long as the first call found it, then what is written."""
-        tokens, prompt = arguments["input_ids"].shape[1], arguments["prompt_tokens"]
+        tokens, prompt = self.context(arguments), arguments["prompt_tokens"]
+        if prompt is None:
+            raise ValueError("called with embeddings: they do not tell where the prompt ends")
         if not prompt < tokens:
             raise ValueError(f"{tokens} tokens, of which {prompt} were the prompt")
         return TokenGrid.line(prompt, tokens - prompt)
 
     def context(self, arguments: Mapping[str, object]) -> int:
         """Up to the end of the block at work."""
-        return _ids(arguments).shape[1]
+        ids = arguments.get("input_ids")
+        return (arguments["inputs_embeds"] if ids is None else ids).shape[1]
 
     def remember(self, arguments: Mapping[str, object]) -> Mapping[str, object]:
         """The prompt ends where, in the first call, the mask tokens begin that fill the rest of the window."""
-        ids = _ids(arguments)
-        written = (ids == ids[:, -1:]).flip(1).long().cumprod(1).sum(1)
-        return {"prompt_tokens": ids.shape[1] - int(written.max())}
+        ids = arguments.get("input_ids")
+        if ids is None:
+            return {"prompt_tokens": None}
+        # The last token is one of them.  A prompt of the batch may end in more, but not all of them do.
+        run = (ids == ids[:, -1:]).flip(1).long().cumprod(1).sum(1)
+        return {"prompt_tokens": ids.shape[1] - int(run.min())}
 
     def _layers(self, model: nn.Module) -> nn.ModuleList:
         return model.get_decoder().layers
-
-
-def _ids(arguments: Mapping[str, object]) -> Tensor:
-    return arguments["input_ids"]

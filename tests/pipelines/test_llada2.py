@@ -48,6 +48,18 @@ def test_a_prompt_with_mask_tokens_inside_ends_where_it_ends(pipe):
     window[:, 10:12] = lm.MASK
     window[:, 40:] = lm.MASK
     assert adapter.remember({"input_ids": window}) == {"prompt_tokens": 40}
+    # of a batch one prompt may end in such tokens, too
+    batch = window.repeat(2, 1)
+    batch[1, 35:] = lm.MASK
+    assert adapter.remember({"input_ids": batch}) == {"prompt_tokens": 40}
+
+
+def test_embeddings_do_not_tell_the_prompt(pipe):
+    model = pipe.model
+    with torch.no_grad(), sparsediff.enable(model, SparseD(block=32), schedule=NOW) as handle:
+        with pytest.warns(RuntimeWarning, match="called with embeddings"):
+            model(inputs_embeds=model.get_input_embeddings()(ids()))
+        assert handle.report().density == 1.0
 
 
 def test_confident_models_finish_blocks_early(pipe):
