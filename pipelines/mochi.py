@@ -21,6 +21,7 @@ class MochiAdapter(ModelAdapter):
 
     processors = frozenset({"MochiAttnProcessor2_0"})
     attention = (("transformer_blocks", "attn1"),)
+    timesteps_rise = True
 
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """The latent video, then all of the text."""

@@ -91,6 +91,9 @@ class ModelAdapter(ABC):
     # What the tokens are: of a latent video or image, or words that a language model writes.
     modality: ClassVar[Literal["video", "text"]] = "video"
 
+    # Whether timesteps count up to the finished sample.
+    timesteps_rise: ClassVar[bool] = False
+
     # Where the eligible modules are, in execution order: (list of blocks, name within a block).
     attention: ClassVar[tuple[tuple[str, str], ...]] = ()
 

@@ -45,6 +45,7 @@ class BlockClock(Clock):
         step: int | None = None,
         who: object = None,
         context: int | None = None,
+        rising: bool = False,
     ) -> Tick:
         """The tick of a call of the model with `context` tokens; the other arguments are those of `Clock.read`."""
         pipe = self._pipe()

@@ -12,7 +12,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparsediff.noise_level import noise_level, noise_levels, timestep_values
+from sparsediff.noise_level import (
+    NUM_TRAIN_TIMESTEPS,
+    noise_level,
+    noise_levels,
+    timestep_values,
+)
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,12 @@ class Clock:
         step: int | None = None,
         who: object = None,
         context: int | None = None,
+        rising: bool = False,
     ) -> Tick:
         """The tick of a call of transformer `who` with this `timestep` argument.
 
         `branch` and `step` are what the pipeline's cache context says, if there is one; `context` is for language models
-        (`sparsediff.block_clock`).
+        (`sparsediff.block_clock`); `rising` says that timesteps count up to the finished sample.
         """
         scheduler = getattr(self._pipe(), "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
@@ -93,7 +99,7 @@ class Clock:
                 self._begin_pipeline_run(scheduler, timesteps, timestep)
             self.tick = self._read_run(scheduler, timestep, step)
         else:
-            self.tick = self._read_timestep(scheduler, timestep, branch, who)
+            self.tick = self._read_timestep(scheduler, timestep, branch, who, rising)
         return self.tick
 
     def _begin_pipeline_run(
@@ -127,9 +133,19 @@ class Clock:
         return Tick(self.tick.generation, step, len(self._levels), self._levels[step], following)
 
     def _read_timestep(
-        self, scheduler: object, timestep: Tensor | None, branch: str | None, who: object
+        self,
+        scheduler: object,
+        timestep: Tensor | None,
+        branch: str | None,
+        who: object,
+        rising: bool,
     ) -> Tick:
         value = None if timestep is None else float(timestep.max())
+        sigma = None if value is None else noise_level(scheduler, value)
+        if rising and value is not None:
+            value = NUM_TRAIN_TIMESTEPS - value
+            # A scheduler of such a model knows; without one timesteps were taken for falling ones.
+            sigma = sigma if scheduler is not None else 1.0 - sigma
         last = self._last_value
         again = value == last and (who, branch) in self._visited
         if self._ended or again or (None not in (value, last) and value > last):
@@ -141,7 +157,6 @@ class Clock:
         if branch is not None:
             self._visited.add((who, branch))
         self._last_value = value
-        sigma = None if value is None else noise_level(scheduler, value)
         return Tick(self.tick.generation, self.tick.step + moved, self._promised, sigma)
 
 

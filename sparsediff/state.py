@@ -122,6 +122,7 @@ class RunState:
             step=step,
             who=self.key,
             context=self.adapter.context(arguments),
+            rising=self.adapter.timesteps_rise,
         )
         if tick.generation != self._generation:
             self._generation = tick.generation

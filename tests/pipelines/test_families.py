@@ -181,6 +181,18 @@ def test_a_bare_transformer(case):
         assert handle.report().dense_calls == {}
 
 
+def test_a_bare_transformer_tells_steps_from_generations(case):
+    """By the timestep alone, whatever it counts in and whichever way."""
+    if len(transformers(case.pipe)) > 1:
+        pytest.skip("one of several experts")
+    with sparsediff.enable(case.pipe.transformer, HALF, schedule=Schedule(dense_steps=1)) as handle:
+        for _ in range(2):
+            case.run(steps=3)
+            steps = handle.report().steps
+            assert [step.density == 1.0 for step in steps] == [True, False, False]
+            assert [step.sigma for step in steps] == sorted((s.sigma for s in steps), reverse=True)
+
+
 def test_all_experts_run_sparse(case):
     with sparsediff.enable(case.pipe, HALF, schedule=NEVER_DENSE) as handle:
         case.run(steps=3)
