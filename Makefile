@@ -6,7 +6,7 @@ OUT    ?= out
 # Under a CPU interpreter Triton kernels run without a GPU; a CUDA machine compiles them.
 INTERPRET := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 0 || echo 1)
 
-.PHONY: setup run test browser gpu lint fmt wheel check clean
+.PHONY: setup run demo test browser gpu lint fmt wheel check clean
 
 setup: $(VENV)/.installed
 
@@ -18,6 +18,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 run: setup
 	$(BIN)/sparsediff compare --out $(OUT)
+
+demo: setup
+	$(BIN)/sparsediff demo $(ARGS)
 
 # Pages are tested in Chromium.  Without one, root gets Debian's; anybody else is told, and those tests skip.
 browser:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import shlex
 import sys
 from pathlib import Path
@@ -121,6 +122,8 @@ def build_parser() -> argparse.ArgumentParser:
         "doctor", help="versions, devices, which kernel will run and why, and a short self-test"
     )
     doctor.set_defaults(run=_doctor)
+    # By name: the parts below the page never import it, only this command line does.
+    importlib.import_module("sparsediff.demo.cli").add_parser(commands)
     return parser
 
 

@@ -62,6 +62,12 @@ def test_the_wheel_holds_every_module_and_weight(tmp_path):
         f"sparsediff/{p.relative_to(ROOT)}" for p in (ROOT / "kernels/configs").glob("*.json")
     }
     data = [*(ROOT / "eval/suites").glob("*.json"), *(ROOT / "eval/report_assets").glob("*")]
+    data += [
+        p
+        for name in ("assets", "example")
+        for p in (ROOT / "demo" / name).rglob("*")
+        if p.is_file()
+    ]
     expected |= {f"sparsediff/{p.relative_to(ROOT)}" for p in data}
     weights = ROOT / "pipelines/tiny/weights"
     expected |= {f"sparsediff/{p.relative_to(ROOT)}" for p in weights.rglob("*") if p.is_file()}

@@ -1,0 +1,124 @@
+"""Forms from dataclasses: every field can be shown, read back, and stays within what the class accepts."""
+
+import dataclasses
+
+import pytest
+
+from sparsediff.demo.forms import (
+    accepts,
+    docstring_attributes,
+    method_fields,
+    needs_calibration,
+    offered_methods,
+    schedule_fields,
+)
+from sparsediff.demo.presets import presets
+from sparsediff.methods import METHODS, Custom, build_method
+from sparsediff.schedule import Schedule
+
+FIELDS = [(name, one) for name in METHODS for one in method_fields(name)]
+named = pytest.mark.parametrize(("method", "one"), FIELDS, ids=[f"{m}-{f.name}" for m, f in FIELDS])
+
+
+@named
+def test_a_default_survives_the_form(method, one):
+    assert one.read(one.show(one.default)) == one.default
+
+
+@named
+def test_the_ends_of_a_slider_are_accepted_and_hold_the_default(method, one):
+    if one.kind != "slider":
+        return
+    assert one.low < one.high
+    assert one.low <= one.default <= one.high
+    for value in (one.low, one.high):
+        assert accepts(METHODS[method], one.name, one.read(value)), value
+
+
+@named
+def test_every_choice_is_accepted(method, one):
+    for value in one.choices.values():
+        assert accepts(METHODS[method], one.name, value)
+
+
+@named
+def test_every_field_says_what_it_is(method, one):
+    assert len(one.help) > 10
+
+
+def test_the_main_parameter_comes_first_and_is_only_one():
+    for name in METHODS:
+        assert [f.main for f in method_fields(name)] == [True] + [False] * (
+            len(method_fields(name)) - 1
+        )
+    assert method_fields("sparse_d")[0].name == "select"
+    assert method_fields("lite_attention")[0].name == "threshold"
+
+
+def test_kinds_follow_the_types():
+    kinds = {f.name: f.kind for f in method_fields("custom")}
+    assert kinds == {
+        "density": "slider",
+        "producer": "choice",
+        "budget": "choice",
+        "windows": "text",
+        "block": "choice",
+        "refresh": "text",
+        "search": "choice",
+        "vote_threshold_log2": "text",
+    }
+    threshold = method_fields("lite_attention")[0]
+    assert (threshold.low, threshold.high) == (-20.0, -0.1)
+    assert {f.name: f.kind for f in method_fields("adaspa")}["head_adaptive"] == "switch"
+    assert list(next(f for f in method_fields("auto") if f.name == "block").choices) == [
+        "automatic",
+        "32",
+        "64",
+        "128",
+    ]
+
+
+def test_inherited_fields_keep_their_help():
+    assert "mass" in docstring_attributes(METHODS["auto"])["producer"]
+    assert docstring_attributes(METHODS["auto"])["density"] != ""
+    assert docstring_attributes(Custom).keys() == {f.name for f in dataclasses.fields(Custom)}
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "shown", "said"),
+    [
+        ("auto", "density", "much", "density must be a number"),
+        ("auto", "density", float("nan"), "density must be a finite number"),
+        ("draft_attention", "row_minimum", 1.5, "row_minimum must be a whole number"),
+        ("auto", "producer", "guess", "producer must be one of mass, pooled"),
+        ("custom", "windows", "__import__('os')", "windows takes a Python value"),
+        ("custom", "refresh", "1 +", "refresh takes a Python value"),
+        ("custom", "windows", "[" * 5000, "windows takes a Python value"),
+    ],
+)
+def test_nonsense_is_a_sentence(method, name, shown, said):
+    one = next(f for f in method_fields(method) if f.name == name)
+    with pytest.raises(ValueError, match=said) as found:
+        one.read(shown)
+    assert len(str(found.value)) < 200
+
+
+def test_methods_that_must_be_measured_are_offered_only_with_a_calibration():
+    assert not {"paro_attention", "sparse_vdit"} & set(offered_methods())
+    assert "paro_attention" in offered_methods(frozenset({"paro_attention"}))
+    assert not needs_calibration(METHODS["lite_attention"])
+
+
+def test_presets_can_be_built():
+    for name in METHODS:
+        for preset in presets(name, ()):
+            build_method(name, **preset.parameters)
+    labels = [p.label for p in presets("auto", ())]
+    assert labels == ["close to dense", "as it comes", "fast"]
+
+
+def test_the_schedule_has_a_form_too():
+    assert [f.name for f in schedule_fields()] == [f.name for f in dataclasses.fields(Schedule)]
+    steps = schedule_fields()[0]
+    assert steps.read("0.25") == 0.25
+    assert steps.read("2") == 2
