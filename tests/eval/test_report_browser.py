@@ -252,6 +252,16 @@ def test_colours_follow_the_system_and_the_button(opened, report):
     assert page.evaluate(background) == dark
 
 
+def test_paper_is_light_and_whole(opened, report):
+    page = opened(report, scheme="dark", viewport={"width": 720, "height": 1000})
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert not page.locator("#arm").is_visible()
+    assert page.locator(".pickers .picked").nth(1).inner_text() == "auto density=0.3"
+    table = page.locator("#summary").bounding_box()
+    assert table["x"] + table["width"] <= 720
+
+
 @pytest.mark.parametrize("viewport", [PHONE, {"width": 320, "height": 640}], ids=["390", "320"])
 def test_a_phone_scrolls_down_only(opened, report, viewport):
     page = opened(report, viewport=viewport)
