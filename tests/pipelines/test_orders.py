@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from families import hunyuan_video
 
 import sparsediff
 from sparsediff import LiteAttention, Schedule, Segment, TokenGrid, TokenOrder, state, token_grid
@@ -156,6 +157,24 @@ def test_blocks_are_visited_in_the_order_asked_for(pipe, monkeypatch, order, exp
         kept = lists[0, 0, 0, : counts[0, 0, 0]].tolist()
         first = {"descending": max(kept), "ascending": min(kept), "centre-out": 0}
         assert kept[-1] == first[visits]
+
+
+def test_calls_with_padded_keys_are_visited_descending(monkeypatch):
+    """Kernels count the blocks before a key length by a search in ascending lists."""
+    seen, real = [], state.run_backend
+
+    def look(name, query, key, value, mask, **options):
+        seen.append((mask.visits, options["kv_lengths"] is not None))
+        return real(name, query, key, value, mask, **options)
+
+    monkeypatch.setattr(state, "run_backend", look)
+    pipe = hunyuan_video.build()
+    pipe.set_progress_bar_config(disable=True)
+    method = LiteAttention(threshold=-1.0, tile=(16, 16), visiting_order="centre-out")
+    with sparsediff.enable(pipe, method, schedule=Schedule()) as handle:
+        hunyuan_video.call(pipe, (128, 128, 5), guidance="off")
+        assert handle.report().density < 1
+    assert set(seen) == {("descending", True)}
 
 
 def test_tokens_outside_the_grid_are_exact_in_every_head(pipe, monkeypatch):
