@@ -165,8 +165,11 @@ class Calibration:
         except SafetensorError as error:
             raise ValueError(f"{path} is no sparsediff calibration: {error}") from None
         with opened as file:
-            header = json.loads((file.metadata() or {}).get("sparsediff", "null"))
-            if header is None:
+            try:
+                header = json.loads((file.metadata() or {}).get("sparsediff", "null"))
+            except json.JSONDecodeError:
+                header = None
+            if not isinstance(header, dict):
                 raise ValueError(f"{path} is no sparsediff calibration")
             if (schema := header.pop("schema", None)) != SCHEMA:
                 raise ValueError(
@@ -174,10 +177,15 @@ class Calibration:
                     "calibrate again"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        model = header.pop("model")
-        model["layers"] = tuple(model["layers"])
-        header["parameters"] = {k: _tuples(v) for k, v in header["parameters"].items()}
-        return cls(model=ModelLayout(**model), tensors=tensors, **header)
+        try:
+            model = header.pop("model")
+            model["layers"] = tuple(model["layers"])
+            header["parameters"] = {k: _tuples(v) for k, v in header["parameters"].items()}
+            return cls(model=ModelLayout(**model), tensors=tensors, **header)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is a damaged sparsediff calibration ({error}); calibrate again with `sparsediff calibrate`"
+            ) from None
 
     def push_to_hub(self, repo_id: str, **hub) -> str:
         """Upload to the Hugging Face hub (`hub`: `private`, `token`, `commit_message`, ...); returns the commit's URL.

@@ -44,11 +44,11 @@ def require_host_memory(needed: int, what: str, fix: str) -> None:
     """Refuse at once what the machine would be killed for after hours.
 
     Raises:
-        MemoryError: `needed` bytes are more than this machine has; the message says `what` takes them, and the `fix`.
+        ValueError: `needed` bytes are more than this machine has; the message says `what` takes them, and the `fix`.
     """
     held = host_memory()
     if held is not None and needed > held:
-        raise MemoryError(
+        raise ValueError(
             f"{what} takes {needed / 2**30:,.1f} GiB of the host's memory, and this machine has {held / 2**30:,.1f}; {fix}"
         )
 

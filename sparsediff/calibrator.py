@@ -86,7 +86,7 @@ def calibrate(
 
     Raises:
         ValueError: no prompts, a method that needs none, a model that is not supported, a pipeline that is enabled, or
-            a run whose attention no method can serve.
+            a run whose attention no method can serve, or sums that the host's memory cannot hold.
         TypeError: a bare transformer.
     """
     from tqdm.auto import tqdm
@@ -256,10 +256,34 @@ def _fingerprint(
         "device": pipe._execution_device.type,
         "prompts": list(prompts),
         "seed": seed,
-        "call": sorted((call or {}).items(), key=str),
+        "call": _content(call or {}),
         "version of sparsediff": sparsediff.__version__,
     }
-    return {name: hashlib.sha256(repr(part).encode()).hexdigest() for name, part in parts.items()}
+    return {name: _sha256(repr(part).encode()) for name, part in parts.items()}
+
+
+def _content(value: object) -> object:
+    """What a value holds, the same in every process.
+
+    The representation of an image tells where it lies in memory, that of a tensor leaves most of it out.
+    """
+    if isinstance(value, dict):
+        return sorted((str(name), _content(x)) for name, x in value.items())
+    if isinstance(value, list | tuple):
+        return [_content(x) for x in value]
+    if isinstance(value, Tensor):
+        bits = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        return str(value.dtype), tuple(value.shape), _sha256(bits.numpy().tobytes())
+    if hasattr(value, "tobytes"):  # an array or an image
+        size = getattr(value, "shape", None) or getattr(value, "size", None)
+        return type(value).__name__, size, _sha256(value.tobytes())
+    if callable(value) or type(value).__repr__ is object.__repr__:
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    return repr(value)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def weight_marks(pipe: object, layout: ModelLayout) -> list[tuple]:
@@ -289,7 +313,7 @@ def _provenance(pipe: object, prompts: Sequence[str], seed: int, call: dict | No
     return {
         "model": model_name(pipe),
         "prompts": len(prompts),
-        "prompts_sha256": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
+        "prompts_sha256": _sha256(json.dumps(list(prompts)).encode()),
         "seed": seed,
         "call": {k: v for k, v in (call or {}).items() if isinstance(v, int | float | str)},
         "dtype": str(parameter.dtype).removeprefix("torch."),

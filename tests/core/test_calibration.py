@@ -107,6 +107,33 @@ def test_what_is_no_calibration_is_refused(tmp_path):
             Calibration.from_pretrained(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h.pop("model"),
+        lambda h: h.pop("parameters"),
+        lambda h: h.pop("grid"),
+        lambda h: h.update(model=["x"]),
+        lambda h: h["model"].pop("heads"),
+        lambda h: h["model"].update(colour="red"),
+        lambda h: h.update(colour="red"),
+        lambda h: h.update(parameters=None),
+    ],
+)
+def test_a_damaged_header_is_refused(tmp_path, change):
+    with pytest.raises(ValueError, match=r"is a damaged sparsediff calibration .*calibrate again"):
+        Calibration.from_pretrained(header(tmp_path, change))
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "null", "3"])
+def test_a_header_that_is_none_is_refused(tmp_path, text):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / FILE, {"sparsediff": text})
+    with pytest.raises(ValueError, match="is no sparsediff calibration"):
+        Calibration.from_pretrained(tmp_path)
+
+
 def test_what_is_nowhere_is_refused(tmp_path):
     for name in (tmp_path / "nowhere", "some/repository", "not a repository"):
         with pytest.raises(OSError, match="is neither a folder nor a repository with"):

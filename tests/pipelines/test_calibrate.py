@@ -8,7 +8,7 @@ import torch
 import sparsediff
 from sparsediff import Calibration, LiteAttention, PAROAttention, Schedule, SparseVDiT
 from sparsediff.calibration import FILE
-from sparsediff.calibrator import PARTIAL
+from sparsediff.calibrator import PARTIAL, _content
 from sparsediff.testing import random_wan_pipeline
 
 PROMPTS = ["a small red circle moves left", "two yellow stars"]
@@ -205,6 +205,30 @@ def test_unfinished_work_says_for_what_it_was(pipe, tmp_path, capsys, monkeypatc
     leave_unfinished(pipe, tmp_path)
     monkeypatch.setattr("sparsediff.__version__", "99")
     assert "with another version of sparsediff\n" in starts_over(tmp_path, capsys, pipe)
+
+
+def test_pictures_and_tensors_of_a_call_count_by_what_they_hold():
+    """Their representations tell an address, or leave most of them out."""
+    from PIL import Image
+
+    def mark(value):
+        return _content({"image": value, "num_frames": 17})
+
+    grey, other = (Image.new("RGB", (8, 8), (x, x, x)) for x in (7, 8))
+    assert mark(grey) == mark(grey.copy()) != mark(other)
+    x = torch.zeros(100, 100)
+    y = x.clone()
+    y[50, 50] = 1
+    assert repr(x) == repr(y)
+    assert mark(x) == mark(x.clone()) != mark(y)
+    assert mark(x) != mark(x.view(50, 200))
+    assert mark([x.half()]) != mark([x.bfloat16()])
+    assert mark(x.numpy()) == mark(x.numpy().copy()) != mark(y.numpy())
+    assert mark(test_nothing_is_said_without_progress) == mark(
+        test_nothing_is_said_without_progress
+    )
+    assert mark(object()) == mark(object())
+    assert mark(1.0) != mark("1.0")
 
 
 @pytest.mark.parametrize("damage", ["empty", "torn", "text", "bare"])
