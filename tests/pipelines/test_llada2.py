@@ -154,6 +154,22 @@ def test_rows_keep_their_share_of_what_a_mask_shows(pipe):
     assert not torch.equal(out, changed)
 
 
+def test_blocks_are_chosen_as_published_among_those_that_a_mask_shows(pipe):
+    model, calls, mask = pipe.model, [], block_causal(256, 64)
+    with torch.no_grad(), sparsediff.enable(model, SparseD(select=0.4, block=32), schedule=NOW):
+        handle = sparsediff.patch.handle_of(model)
+        handle.states[0].witness = lambda c: calls.append((c, c.query.clone(), c.key.clone()))
+        for _ in range(2):
+            model(ids(), attention_mask=mask)
+    for (_, query, key), (after, _, _) in zip(calls[:2], calls[2:], strict=True):
+        kept = unpack_bits(after.bitmap, 8)
+        prompt = after.grid.grid_span[0]
+        scale = query.shape[-1] ** -0.5
+        assert torch.equal(
+            kept, lm.published_choice(query, key, 0.4, 32, prompt, scale, visible=mask[0, 0])
+        )
+
+
 @pytest.mark.parametrize(
     ("mask", "reason"),
     [

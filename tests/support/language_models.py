@@ -124,3 +124,27 @@ def write(pipe, prompt=200, length=120, steps=4, seed=0, **call):
     return pipe(
         prompt=text, gen_length=length, num_inference_steps=steps, confidence_threshold=None, **call
     ).sequences  # fmt: skip
+
+
+def published_choice(query, key, select, block, prompt, scale, visible=None):
+    """Sections 4.1 and 4.2 of arXiv:2509.24014, one row of blocks at a time."""
+    key = key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
+    logits = torch.einsum("bqhd,bkhd->bhqk", query.double(), key.double()) * scale
+    if visible is not None:
+        logits = logits.masked_fill(~visible, -torch.inf)
+    weights = logits.softmax(-1)
+    rows, columns = -(-query.shape[1] // block), -(-key.shape[1] // block)
+    border = -(-prompt // block)  # a block on the border is the prompt's
+    keep = torch.zeros(*weights.shape[:2], rows, columns, dtype=torch.bool)
+    for b, h, i in torch.cartesian_prod(*map(torch.arange, keep.shape[:3])).tolist():
+        row = weights[b, h, i * block : (i + 1) * block]
+        mass = torch.stack([part.sum() for part in row.split(block, dim=-1)])
+        there = torch.ones(columns, dtype=torch.bool)
+        if visible is not None:
+            there = torch.stack([part.any() for part in visible[i * block].split(block, dim=-1)])
+        for run in (range(border), range(border, columns)):
+            seen = [j for j in run if there[j]]
+            budget = -int(-(select * len(seen) - 1e-4) // 1)
+            for j in sorted(seen, key=lambda j: -mass[j])[:budget]:
+                keep[b, h, i, j] = True
+    return keep
