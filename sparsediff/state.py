@@ -30,6 +30,7 @@ from sparsediff.calibration import Call
 from sparsediff.clock import Clock, Tick
 from sparsediff.kernels.attention import CPU_BREAK_EVEN, DTYPES, run_backend, select_backend
 from sparsediff.methods import AttentionSite, Method
+from sparsediff.methods.base import uncalibrated
 from sparsediff.padding import Packing, pack_padding, valid_keys
 from sparsediff.processor import STATES
 from sparsediff.recorder import Recorder
@@ -89,6 +90,8 @@ class RunState:
         self.name = name
         self.adapter = adapter
         self.method = method
+        # for caches that outlive this run: a calibration can be a gigabyte
+        self._rules = uncalibrated(method)
         self.schedule = schedule
         self.clock = clock
         self.recorder = recorder
@@ -455,7 +458,7 @@ class RunState:
         # Padding is hidden behind a length, which kernels take with ascending lists only.
         visits = "descending" if site.kv_lengths is not None else method.visits(site)
         threshold = method.vote_threshold(site)
-        forced = _forced(method, grid, device, order is not None)
+        forced = _forced(self._rules, grid, device, order is not None)
         q, k, v, mask = query, key, value, None
         if choosing:
             if order is not None:
@@ -553,7 +556,7 @@ class RunState:
                     slot.heads = method.choose_windows(query, key, site, lse)
             q, k = order.apply(grid, query, key, heads=slot.heads)
             lse = order.apply_rows(grid, lse, slot.heads)
-        forced = _forced(method, grid, q.device, order is not None)
+        forced = _forced(self._rules, grid, q.device, order is not None)
         with self.recorder.part("mask", query.device):
             keep = method.keep_blocks(q, k, site, lse=lse)
             slot.store(keep, forced, block_size, lengths, want_mask=False)

@@ -284,3 +284,8 @@ def _is_finite(value: object) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_finite, value))
     return not isinstance(value, float) or math.isfinite(value)
+
+
+def uncalibrated(method: Method) -> Method:
+    """The same method without what was measured for it."""
+    return replace(method, calibration=None) if isinstance(method, CalibratedMethod) else method

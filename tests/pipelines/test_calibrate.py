@@ -1,6 +1,8 @@
 """`sparsediff.calibrate` on a real Wan pipeline at a tiny random size."""
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -307,6 +309,19 @@ def test_keeping_everything_in_six_orders_changes_nothing(pipe, monkeypatch):
             out = generate(pipe)
             assert handle.report().dense_calls == {}
         assert torch.allclose(out, stock, rtol=0, atol=2e-5 * stock.abs().max().item())
+
+
+@each_method
+def test_a_calibration_goes_with_the_pipeline_that_used_it(measured, method):
+    _, folder = measured[method]
+    calibration, pipe = Calibration.from_pretrained(folder), random_wan_pipeline()
+    gone = weakref.ref(calibration)
+    with sparsediff.enable(pipe, method.name, calibration=calibration) as handle:
+        generate(pipe)
+        assert handle.method.calibration is calibration
+    del calibration, handle
+    gc.collect()
+    assert gone() is None
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
