@@ -49,7 +49,7 @@ def _largest_volume(places: Tensor) -> TokenGrid:
     """`places` `[3, S]`."""
     best = (0, 0, 0)  # tokens, first token, frames
     first, frames, before = 0, 0, None
-    for start, stop in runs(places[0]):
+    for start, stop in _walks(places):
         frame = places[1:, start:stop]
         follows = (
             before is not None
@@ -77,9 +77,19 @@ def _largest_volume(places: Tensor) -> TokenGrid:
     return video_amid((frames, rows, columns), first, places.shape[1] - first - tokens)
 
 
+def _walks(places: Tensor) -> list[tuple[int, int]]:
+    """`[start, stop)` of what goes on row by row, column by column, without a step in time."""
+    time, row, column = places.diff()
+    again = (time != 0) | (row < 0) | ((row == 0) & (column <= 0))
+    return _between(again, places.shape[1])
+
+
 def runs(values: Tensor) -> list[tuple[int, int]]:
     """`[start, stop)` of every run of equal neighbours."""
-    if not len(values):
-        return []
-    edges = (values[1:] != values[:-1]).nonzero()[:, 0] + 1
-    return list(itertools.pairwise([0, *edges.tolist(), len(values)]))
+    return _between(values.diff() != 0, len(values)) if len(values) else []
+
+
+def _between(edges: Tensor, length: int) -> list[tuple[int, int]]:
+    """The stretches that `edges` `bool [length - 1]` leave."""
+    starts = edges.nonzero()[:, 0] + 1
+    return list(itertools.pairwise([0, *starts.tolist(), length]))

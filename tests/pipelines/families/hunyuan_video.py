@@ -1,5 +1,7 @@
 """HunyuanVideo: video first, then text whose padding is masked."""
 
+from functools import partial
+
 from families.registry import Family, embeddings, generator, padded
 
 from sparsediff.testing import make_local, seeded
@@ -54,10 +56,10 @@ def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0):
     ).frames
 
 
-FAMILIES = [
-    Family(
-        name="hunyuan-video",
-        build=build,
+def family(name, **changes):
+    return Family(
+        name=name,
+        build=partial(build, **changes),
         call=call,
         sizes={
             (96, 128, 9): f"3x6x8 + {TEXT} text",
@@ -66,5 +68,11 @@ FAMILIES = [
         guidance=("off", "sequential"),
         outside=TEXT,
         masks=True,
-    ),
+    )
+
+
+# Image-to-video replaces the modulation of the first frame, in blocks of other classes.
+FAMILIES = [
+    family("hunyuan-video"),
+    family("hunyuan-video-i2v", image_condition_type="token_replace"),
 ]

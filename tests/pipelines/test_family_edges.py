@@ -1,0 +1,174 @@
+"""What single families do beside the conformance tests: refusals, masks that run dense, packed sequences."""
+
+import pytest
+import torch
+from families.registry import all_families, generator
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sparsediff
+from sparsediff import Custom, Schedule
+from sparsediff.pipelines.packed import runs, volume_beside
+
+FAMILIES = {family.name: family for family in all_families()}
+EVERYTHING = Custom(density=1.0, block=32, search="sparse")
+
+
+@pytest.fixture(autouse=True)
+def always_sparse(monkeypatch):
+    monkeypatch.setattr("sparsediff.state.CPU_BREAK_EVEN", 2.0)
+
+
+def enabled(pipe):
+    return sparsediff.enable(pipe, EVERYTHING, schedule=Schedule())
+
+
+# -- masks that hide more than padding ----------------------------------------------------------------------------
+
+
+def test_block_causal_diffusion_forcing_runs_dense_and_says_why():
+    family = FAMILIES["skyreels-v2-df"]
+    pipe = family.build()
+    size, causal = (96, 128, 13), {"causal_block_size": 2, "ar_step": 0}
+    whole = family.run(pipe, size)
+    stock = family.run(pipe, size, **causal)
+    assert not torch.equal(stock, whole), "the mask must hide something"
+    with enabled(pipe) as handle, pytest.warns(RuntimeWarning, match="block-causal mask"):
+        assert torch.equal(family.run(pipe, size, **causal), stock)
+    assert list(handle.report().dense_calls) == [
+        "a block-causal mask (diffusion forcing with causal_block_size)"
+    ]
+
+
+def test_frames_at_noise_levels_of_their_own_stay_sparse():
+    family = FAMILIES["skyreels-v2-df"]
+    pipe = family.build()
+    stock = family.run(pipe, ar_step=1, steps=3)
+    with enabled(pipe) as handle:
+        out = family.run(pipe, ar_step=1, steps=3)
+        assert handle.report().dense_calls == {}
+    assert torch.allclose(out, stock, rtol=0, atol=5e-5 * stock.abs().max().item())
+
+
+def test_strengths_of_in_context_references_run_dense_and_say_why():
+    pipe = FAMILIES["ltx-2"].build()
+    attention = pipe.transformer.transformer_blocks[0].attn1
+    tokens = torch.randn(1, 144, 32, generator=generator(0))
+    weights = torch.zeros(1, 144, 144)
+    weights[:, :72, 72:] = -10000.0
+    with torch.no_grad():
+        stock = attention(tokens, attention_mask=weights)
+        with enabled(pipe.transformer) as handle:
+            state = handle.states[0]
+            inputs = forward_inputs(pipe)
+            state.begin_forward(pipe.transformer, (), inputs)
+            with pytest.warns(RuntimeWarning, match="weighs pairs of tokens"):
+                ours = attention(tokens, attention_mask=weights)
+            state.end_forward()
+    assert torch.equal(ours, stock)
+
+
+def forward_inputs(pipe):
+    return {
+        "hidden_states": torch.zeros(1, 144, 8),
+        "timestep": torch.tensor([500.0]),
+        "num_frames": 3,
+        "height": 6,
+        "width": 8,
+    }
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_with_a_sparse_attention_of_its_own_is_refused():
+    family = FAMILIES["kandinsky-5"]
+    pipe = family.build()
+    pipe.transformer.register_to_config(attention_type="nabla")
+    with pytest.raises(ValueError, match="register_to_config"):
+        enabled(pipe)
+    handle = sparsediff.enable(pipe, EVERYTHING, on_unsupported="dense")
+    assert "NABLA" in handle.unsupported["transformer"]
+    pipe.transformer.register_to_config(attention_type="regular")
+    with enabled(pipe) as handle:
+        assert family.run(pipe).isfinite().all()
+        assert handle.report().dense_calls == {}
+
+
+def test_a_backend_that_hides_attention_is_refused():
+    from diffusers.models.attention_dispatch import attention_backend
+
+    pipe = FAMILIES["cosmos"].build()
+    with attention_backend("flex"), pytest.raises(ValueError, match="flex"):
+        enabled(pipe)
+    enabled(pipe).disable()
+
+
+def test_masks_that_are_no_tensors_are_refused():
+    pipe = FAMILIES["wan"].build()
+    attention = pipe.transformer.blocks[0].attn1
+    with enabled(pipe), torch.no_grad(), pytest.raises(TypeError, match="masks that are tensors"):
+        attention(torch.zeros(1, 144, 24), None, object(), None)
+
+
+def test_unknown_models_raise_with_the_list():
+    from diffusers import SanaTransformer2DModel
+
+    from sparsediff.adapter import ADAPTERS
+
+    model = SanaTransformer2DModel.__new__(SanaTransformer2DModel)
+    torch.nn.Module.__init__(model)
+    with pytest.raises(ValueError, match="no adapter for SanaTransformer2DModel") as refused:
+        sparsediff.enable(model)
+    assert all(name in str(refused.value) for name in ADAPTERS)
+
+
+# -- packed sequences ---------------------------------------------------------------------------------------------
+
+
+def walk(frames, height, width, first_time=0.0):
+    """Coordinates `[3, S]` of a video, with uneven steps of time."""
+    time = first_time + torch.arange(frames).square()
+    axes = time, torch.arange(height) - height / 2, torch.arange(width) * 32.0
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1).double()
+
+
+sizes = st.tuples(st.integers(2, 5), st.integers(1, 6), st.integers(2, 6))
+
+
+@given(
+    sizes, st.integers(0, 2), st.integers(0, 2), st.sampled_from(["[B, 3, S]", "ends", "[S, 3]"])
+)
+def test_a_video_is_found_among_reference_frames(shape, before, after, form):
+    """References, at a time that does not go on, are no part of it."""
+    _, height, width = shape
+    # In front: later than the video begins.  Behind: its first frame again.
+    front = [walk(1, height, width, first_time=100.0 - i) for i in range(before)]
+    behind = [walk(1, height, width) for _ in range(after)]
+    places = torch.cat([*front, walk(*shape), *behind], dim=1)
+    coordinates = {
+        "[B, 3, S]": places[None].repeat(2, 1, 1),
+        "ends": torch.stack([places, places + 1], -1)[None],
+        "[S, 3]": places.T,
+    }[form]
+    grid = volume_beside(coordinates)
+    assert grid.shape == shape
+    assert grid.num_tokens == places.shape[1]
+    first = before * height * width
+    assert grid.grid_span == (first, first + shape[0] * height * width)
+    assert volume_beside(coordinates) is grid, "read once"
+
+
+def test_scattered_tokens_are_no_video():
+    places = torch.rand(1, 3, 50, generator=generator(0))
+    places[0, 0] = 0.0
+    with pytest.raises(ValueError, match="no video walked row by row"):
+        volume_beside(places)
+
+
+@given(st.lists(st.integers(0, 2), max_size=12))
+def test_runs_are_the_equal_neighbours(values):
+    found = runs(torch.tensor(values, dtype=torch.long))
+    assert [v for a, b in found for v in values[a:b]] == values
+    assert all(len(set(values[a:b])) == 1 for a, b in found)
+    assert all(values[b - 1] != values[b] for _, b in found[:-1])
