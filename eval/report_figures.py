@@ -36,7 +36,7 @@ def page_figures(
         "ramp": RAMP,
         "metrics": {
             name: {
-                "label": metric.label,
+                "label": title(name),
                 "unit": metric.unit,
                 "better": {True: "higher", False: "lower", None: None}[metric.higher_is_better],
                 "against": metric.against_dense,
@@ -86,6 +86,12 @@ def is_faster(summary: ArmSummary) -> bool:
 def headline_metric(summaries: list[ArmSummary]) -> str | None:
     """The quality that speaks for an arm, where any was measured."""
     return next((name for name in QUALITY if any(name in s.metrics for s in summaries)), None)
+
+
+def title(name: str) -> str:
+    """A metric's label at the start of a line."""
+    label = METRICS[name].label
+    return label[:1].upper() + label[1:]
 
 
 def triple(value: Estimate | None) -> list[float | None] | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from sparsediff.eval.metric_names import METRICS
 from sparsediff.eval.report_again import reproduce
-from sparsediff.eval.report_figures import headline_metric, is_faster
-from sparsediff.eval.results import Results
+from sparsediff.eval.report_figures import headline_metric, is_faster, title
+from sparsediff.eval.results import ArmResult, Results
 from sparsediff.eval.stats import FEW, Estimate
+from sparsediff.eval.suites import suite_names
 from sparsediff.eval.summary import PSNR_CAP, ArmSummary
 
 # What differences of video clips look like at a PSNR, from that many decibels on: a rule of thumb, and said to be one.
@@ -28,7 +29,7 @@ def page_words(
     checks = _checks(results)
     return {
         "title": f"{first.model}: sparse attention against dense",
-        "kicker": f"sparsediff evaluation · {first.model} · suite {first.suite} {first.suite_version}",
+        "kicker": f"sparsediff evaluation · {first.model} · {_suite(first)}",
         "headline": [_headline(chosen, results)],
         "lede": " ".join(_lede(chosen, summaries)),
         "badges": _badges(results, chosen, checks),
@@ -55,13 +56,8 @@ def _headline(arm: ArmSummary, results: Results) -> str:
         return (
             f"{arm.label} makes the denoiser {speed:.2f} times as fast as dense attention{quality}."
         )
-    if speed < 0.995:
-        slower = f"takes {1 / speed:.2f} times as long as dense"
-    elif speed < 1.005:
-        slower = "is as fast as dense"
-    else:
-        slower = f"is {speed:.2f} times as fast as dense, which may be chance"
-    return f"No method is reliably faster here: {arm.label}, the closest, {slower}{quality}."
+    said = f"{said} and " if said else ""
+    return f"No method is reliably faster here. {arm.label} comes closest to dense attention, at {said}{speed:.2f} times its speed."
 
 
 def _quality(arm: ArmSummary) -> str:
@@ -104,6 +100,14 @@ def _lede(arm: ArmSummary, summaries: tuple[ArmSummary, ...]) -> list[str]:
     return said
 
 
+def _suite(arm: ArmResult) -> str:
+    return (
+        f"suite {arm.suite}, version {arm.suite_version}"
+        if arm.suite in suite_names()
+        else "own prompts"
+    )
+
+
 def _tiles(arm: ArmSummary) -> list[dict[str, str]]:
     if arm.role == "dense":
         return []
@@ -122,14 +126,14 @@ def _tiles(arm: ArmSummary) -> list[dict[str, str]]:
                 "\N{MULTIPLICATION SIGN} dense",
                 _interval(value, 2),
             )
-    names = [n for n in METRICS if n in arm.metrics and METRICS[n].against_dense][:3]
+    names = [n for n in METRICS if n in arm.metrics and METRICS[n].against_dense][:2]
     for name in names:
         value, metric = arm.metrics[name], METRICS[name]
         same = name == "psnr" and arm.identical == arm.clips
         text = "identical" if same else f"{value.mean:.{DECIMALS.get(name, 3)}f}"
         better = "more is better" if metric.higher_is_better else "less is better"
         note = "" if same else _interval(value, DECIMALS.get(name, 3)) or better
-        add(f"{metric.label} to dense", value, text, "" if same else metric.unit, note)
+        add(f"{title(name)} to dense", value, text, "" if same else metric.unit, note)
     add("Density", arm.density, f"{arm.density.mean:.3f}", "", "of dense attention, all steps")
     return tiles
 
@@ -223,20 +227,25 @@ def _caveats(results: Results, summaries: tuple[ArmSummary, ...], notes: list[st
 
 def _environment(results: Results) -> list[list[str]]:
     first = results.arms[0]
-    rows = {"model": first.model + (f" @ {first.revision}" if first.revision else "")}
-    rows |= {
-        k: ", ".join(map(str, v)) if isinstance(v, list | tuple) else str(v)
-        for k, v in first.layout.items()
-    }
-    rows |= {f"call: {k}": str(v) for k, v in first.call.items()}
-    rows |= {k: str(v) for k, v in first.configuration.items()}
-    rows |= first.environment
-    rows |= {"commit": first.git_hash, "measured": first.created}
-    for arm in results.others:
-        if arm.method:
-            settings = ", ".join(f"{k}={v!r}" for k, v in arm.parameters.items())
-            rows[arm.label] = f"{arm.method}({settings}); {arm.schedule}"
-    return [[name, value] for name, value in rows.items() if value]
+    rows = [
+        ("model", first.model + (f" @ {first.revision}" if first.revision else "")),
+        ("layout", _settings(first.layout)),
+        ("call", _settings(first.call)),
+        *first.configuration.items(),
+        *first.environment.items(),
+        ("commit", first.git_hash),
+        ("measured", first.created),
+    ]
+    rows += [
+        (arm.label, f"{arm.method}({_settings(arm.parameters)}); {arm.schedule}")
+        for arm in results.others
+        if arm.method
+    ]
+    return [[name, value] for name, value in rows if value]
+
+
+def _settings(values: dict[str, object]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 def format_metric(name: str, value: float) -> str:

@@ -24,10 +24,12 @@ class MaskViewer {
     this.mask = mask;
     const [f, h, w] = mask.grid;
     if (!this.at || this.at.some((x, i) => x >= mask.grid[i])) this.at = [Math.floor(f / 2), Math.floor(h / 2), Math.floor(w / 2)];
-    const sparse = mask.calls.find((call) => call.bits);
-    this.layer = mask.calls.some((c) => c.layer === this.layer) ? this.layer : (sparse ?? mask.calls[0]).layer;
-    this.step = mask.calls.some((c) => c.step === this.step) ? this.step : (sparse ?? mask.calls[0]).step;
-    this.branch = mask.calls.some((c) => c.branch === this.branch) ? this.branch : mask.calls[0].branch;
+    // Where nothing was chosen yet, the call that reads least has the most to show.
+    const share = (call) => call.density.flat().reduce((a, b) => a + b) / call.density.flat().length;
+    const sparsest = mask.calls.reduce((a, b) => (share(b) < share(a) ? b : a));
+    this.layer = mask.calls.some((c) => c.layer === this.layer) ? this.layer : sparsest.layer;
+    this.step = mask.calls.some((c) => c.step === this.step) ? this.step : sparsest.step;
+    this.branch = mask.calls.some((c) => c.branch === this.branch) ? this.branch : sparsest.branch;
     this.pictures = mask.stills.map((source) => {
       const image = new Image();
       image.onload = () => this.draw();

@@ -133,9 +133,10 @@ def test_a_slower_method_is_not_called_faster(make_results_folder, tmp_path):
         denoiser=dataclasses.replace(dense.timings.denoiser, samples=(4.0,)),
     )
     change_clips(folder, "auto-density=0.3", timings=slow)
-    headline = data_of(write_report(folder))["headline"][0]
-    assert headline.startswith("No method is reliably faster here: auto density=0.3, the closest,")
-    assert "takes 1.98 times as long as dense" in headline
+    assert data_of(write_report(folder))["headline"] == [
+        "No method is reliably faster here. auto density=0.3 comes closest to dense attention, at 29.5 dB PSNR to the "
+        "dense clips and 0.51 times its speed."
+    ]
 
 
 def test_failed_checks_come_first_and_are_said_at_the_top(results_folder):
