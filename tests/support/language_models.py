@@ -58,7 +58,8 @@ def llada2_model(kind="bidirectional", attention="sdpa", **changes):
             sizes = {**SIZES, **experts, "use_cache": False, **changes}
             config, parent = Qwen3MoeConfig(**sizes), Qwen3MoeForCausalLM
         else:
-            config, parent = EuroBertConfig(**{**SIZES, **changes}), EuroBertForMaskedLM
+            no_words = {"bos_token_id": None, "eos_token_id": None, "mask_token_id": MASK}
+            config, parent = EuroBertConfig(**{**SIZES, **no_words, **changes}), EuroBertForMaskedLM
         config._attn_implementation = attention
         model = type("LLaDA2MoeModelLM", (parent,), {})(config).eval()
     base = {"mixture": Qwen3MoeAttention, "direct": DirectAttention}.get(kind, EuroBertAttention)
