@@ -63,7 +63,7 @@ def as_markdown() -> str:
 
 def _text_card(card: ModelCard, adapter: ModelAdapter) -> str:
     facts = {
-        "pipelines": ", ".join(card.pipelines),
+        "pipelines": ", ".join(card.pipelines) or "modular pipelines",
         "tokens": card.tokens,
         "masks": _masks(adapter),
         "guidance": card.guidance,
@@ -83,7 +83,7 @@ def _row(card: ModelCard, adapter: ModelAdapter) -> str:
 
 
 def _details(card: ModelCard) -> str:
-    pipelines = ", ".join(f"`{name}`" for name in card.pipelines)
+    pipelines = ", ".join(f"`{name}`" for name in card.pipelines) or "modular pipelines"
     checks = ", ".join(f"`{name}`" for name in card.checked)
     note = f" {card.note}" if card.note else ""
     return f"- **{card.family}** (`{card.transformer}`): {pipelines}. Checked as {checks}.{note}"

@@ -75,6 +75,15 @@ CARDS = (
         note="The face blocks' attention stays as it is.",
     ),
     ModelCard(
+        family="ChronoEdit",
+        transformer="ChronoEditTransformer3DModel",
+        pipelines=("ChronoEditPipeline",),
+        tokens="video",
+        guidance=SEQUENTIAL,
+        checked=("chronoedit",),
+        note="Edits of a few frames are short sequences.",
+    ),
+    ModelCard(
         family="HunyuanVideo",
         transformer="HunyuanVideoTransformer3DModel",
         pipelines=(
@@ -84,7 +93,7 @@ CARDS = (
         ),
         tokens="video + text",
         guidance="an input of the model; one after the other with true_cfg_scale",
-        checked=("hunyuan-video",),
+        checked=("hunyuan-video", "hunyuan-video-i2v"),
         note="SkyReels-V1 is this transformer.",
     ),
     ModelCard(
@@ -146,6 +155,15 @@ CARDS = (
         guidance=BATCHED,
         checked=("mochi",),
         note="Attends sample by sample; padding is never read.",
+    ),
+    ModelCard(
+        family="MiniMax-H3",
+        transformer="MiniMaxH3Transformer3DModel",
+        pipelines=(),
+        tokens="text + keyframes or references + audio (all exact) + video",
+        guidance="none",
+        checked=("minimax-h3",),
+        note="In a modular pipeline only; a schedule by shares of the steps needs handle.begin_generation(num_steps).",
     ),
     ModelCard(
         family="SkyReels-V2",
@@ -306,7 +324,7 @@ CARDS = (
         pipelines=("LLaDA2Pipeline",),
         tokens="prompt (chosen apart) + what is written",
         guidance="none",
-        checked=("test_language_models",),
+        checked=("test_language_models", "test_llada2"),
         note="docs/language-models.md says what was tested with what.",
     ),
     ModelCard(
@@ -324,7 +342,6 @@ CARDS = (
 NOT_SPARSE = {
     "AnyFlowFARTransformer3DModel": "reads earlier frames from a key and value cache: queries and keys differ in length",
     "AnyFlowTransformer3DModel": "no adapter yet: built as Wan, with a processor of its own",
-    "ChronoEditTransformer3DModel": "no adapter yet: built as Wan; edits of a few frames are short",
     "ConsisIDTransformer3DModel": "no adapter yet: CogVideoX's attention beside a face encoder's",
     "Cosmos3OmniTransformer": "two attention calls in one, causal and over shared keys (grouped heads)",
     "HeliosTransformer3DModel": "no adapter yet: history of several scales in front of the video",
@@ -334,7 +351,6 @@ NOT_SPARSE = {
     "Kandinsky6SRTransformer3DModel": "no adapter yet",
     "Kandinsky6Transformer3DModel": "no adapter yet: a video and an audio stream that attend to each other",
     "LatteTransformer3DModel": "attention is factorised, within frames and along time: short sequences already",
-    "MiniMaxH3Transformer3DModel": "no adapter yet: text, keyframes and audio in one sequence, in modular pipelines only",
     "MotifVideoTransformer3DModel": "no adapter yet: joint blocks with a mask, and cross-attention within the processor",
     "SanaVideoTransformer3DModel": "linear attention: there is nothing quadratic to leave out",
     "SanaWMLTX2RefinerTransformer3DModel": "no adapter yet: LTX-2's blocks as a refiner",

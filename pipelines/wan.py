@@ -45,6 +45,12 @@ class WanAdapter(ModelAdapter):
         return video_grid(model, arguments)
 
 
+class ChronoEditAdapter(WanAdapter):
+    """`ChronoEditTransformer3DModel`: Wan's image-to-video under another class, with a copy of its processor."""
+
+    presets = ModelAdapter.presets
+
+
 class WanVACEAdapter(WanAdapter):
     """`WanVACETransformer3DModel`: control layers run before the main ones, over the same tokens.
 

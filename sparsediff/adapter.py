@@ -21,6 +21,7 @@ from sparsediff.token_grid import TokenGrid
 # Transformer class name -> "module:attribute".  Matched exactly: near names (Wan, WanAnimate2) differ in what counts.
 ADAPTERS = {
     "AllegroTransformer3DModel": "sparsediff.pipelines.allegro:AllegroAdapter",
+    "ChronoEditTransformer3DModel": "sparsediff.pipelines.wan:ChronoEditAdapter",
     "ChronoEditTransformer3DModel": "sparsediff.pipelines.wan:WanAdapter",
     "CogVideoXTransformer3DModel": "sparsediff.pipelines.cogvideox:CogVideoXAdapter",
     "CosmosTransformer3DModel": "sparsediff.pipelines.cosmos:CosmosAdapter",

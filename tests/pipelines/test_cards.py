@@ -61,10 +61,11 @@ def takers():
 @same_diffusers
 def test_pipelines_are_those_that_take_the_transformer():
     found = takers()
+    assert len(found) > 20
     for card in CARDS:
         assert set(card.pipelines) <= set(dir(diffusers)), card.family
         if card.transformer not in LANGUAGE:
-            assert set(card.pipelines) == found[card.transformer], card.family
+            assert set(card.pipelines) == found.get(card.transformer, set()), card.family
 
 
 @same_diffusers
