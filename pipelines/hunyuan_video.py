@@ -9,13 +9,14 @@ The two refiner layers attend over text alone and stay as they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import nn
 
 from sparsediff.adapter import ModelAdapter, Preset
 from sparsediff.pipelines.latents import video_grid
-from sparsediff.token_grid import TokenGrid
+from sparsediff.token_grid import Segment, TokenGrid
 
 
 class HunyuanVideoAdapter(ModelAdapter):
@@ -43,3 +44,45 @@ class HunyuanVideoAdapter(ModelAdapter):
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """The latent video, then the text `encoder_hidden_states [B, T, C]`."""
         return video_grid(model, arguments, text=arguments["encoder_hidden_states"].shape[1])
+
+
+class FramepackAdapter(HunyuanVideoAdapter):
+    """`HunyuanVideoFramepackTransformer3DModel`: the same blocks, over one section of a longer video at a time.
+
+    In front of the section stands its history, the farther the coarser: clean frames, then frames merged by two and by
+    four along every axis.  History stays exact.  Behind it come the tokens of the first picture, then the words; a batch of
+    one leaves padding out altogether.
+    """
+
+    def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
+        """History, the latent video, then `image_embeds` and `encoder_hidden_states`, all of it."""
+        text = arguments["image_embeds"].shape[1] + arguments["encoder_hidden_states"].shape[1]
+        return _after(history_tokens(arguments), video_grid(model, arguments, text=text))
+
+    def call_grid(self, grid: TokenGrid, layer: str, tokens: int) -> TokenGrid:
+        """As much text as the call has."""
+        text = tokens - grid.grid_span[1]
+        history = grid.grid_span[0]
+        return _after(history, TokenGrid.video(*grid.shape, text=text)) if text >= 0 else grid
+
+
+# Argument -> latents (frames, rows, columns) of one token.
+HISTORY = {
+    "latents_history_4x": (4, 8, 8),
+    "latents_history_2x": (2, 4, 4),
+    "latents_clean": (1, 2, 2),
+}
+
+
+def history_tokens(arguments: Mapping[str, object]) -> int:
+    """Tokens in front of the section; the model pads what is no whole number of patches."""
+    given = ((arguments.get(name), patch) for name, patch in HISTORY.items())
+    return sum(
+        math.prod(-(-n // p) for n, p in zip(latents.shape[2:], patch, strict=True))
+        for latents, patch in given
+        if latents is not None
+    )
+
+
+def _after(history: int, grid: TokenGrid) -> TokenGrid:
+    return TokenGrid((Segment(role="image", length=history), *grid.segments)) if history else grid

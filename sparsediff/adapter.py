@@ -30,6 +30,7 @@ ADAPTERS = {
     "Flux2Transformer2DModel": "sparsediff.pipelines.flux2:Flux2Adapter",
     "FluxTransformer2DModel": "sparsediff.pipelines.flux:FluxAdapter",
     "HunyuanVideo15Transformer3DModel": "sparsediff.pipelines.hunyuan_video15:HunyuanVideo15Adapter",
+    "HunyuanVideoFramepackTransformer3DModel": "sparsediff.pipelines.hunyuan_video:FramepackAdapter",
     "HunyuanVideoTransformer3DModel": "sparsediff.pipelines.hunyuan_video:HunyuanVideoAdapter",
     "Kandinsky5Transformer3DModel": "sparsediff.pipelines.kandinsky5:Kandinsky5Adapter",
     "LLaDA2MoeModelLM": "sparsediff.pipelines.llada2:LLaDA2Adapter",

@@ -242,6 +242,8 @@ def test_model_offload_in_either_order(case, first):
 
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 def test_compile_makes_one_graph(case):
+    if not case.family.compiled:
+        pytest.skip("stock diffusers can compile neither the model nor its blocks in one graph")
     with sparsediff.enable(case.pipe, HALF, schedule=NEVER_DENSE):
         expected = case.run(steps=3)
     torch._dynamo.reset()

@@ -32,7 +32,8 @@ class Family:
         by_sample: whether each sample of a batch has an attention call of its own.
         modular: that diffusers has a modular pipeline only, and the denoising loop is the tests'.
         masks: whether padded text is hidden by an attention mask.
-        compiled: `"model"`, or how many kinds of repeated blocks there are, where stock diffusers cannot trace the model.
+        compiled: `"model"`, or how many kinds of repeated blocks there are, where stock diffusers cannot trace the model; 0: not
+            these either.
         lora: the modules that peft adapts.
         tolerance: of a run that keeps every block, relative to the largest latent.
     """
