@@ -117,6 +117,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     methods = commands.add_parser("methods", help="list the methods, their parameters and papers")
     methods.set_defaults(run=_methods)
+    models = commands.add_parser(
+        "models",
+        help="list the model families: what is supported, how it was checked, what stays dense",
+    )
+    models.add_argument("--markdown", action="store_true", help="as docs/models.md has it")
+    models.set_defaults(run=_models)
 
     doctor = commands.add_parser(
         "doctor", help="versions, devices, which kernel will run and why, and a short self-test"
@@ -212,6 +218,14 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         if (value := getattr(arguments, name)) is not None:
             command += [f"--{name}", str(value)]
     print(f"  {shlex.join(command)}")
+
+
+def _models(arguments: argparse.Namespace) -> None:
+    from sparsediff.eval.models_table import as_markdown, as_text
+
+    print(
+        as_markdown() if arguments.markdown else as_text(), end="" if arguments.markdown else "\n"
+    )
 
 
 def _methods(arguments: argparse.Namespace) -> None:

@@ -106,8 +106,3 @@ def _preset(preset: Preset) -> str:
 
 def _lines(items: Iterable[tuple[str, str]], form: str) -> str:
     return "\n".join(form.format(*item) for item in sorted(items))
-
-
-def main(*, markdown: bool = False) -> None:
-    """Print it."""
-    print(as_markdown() if markdown else as_text(), end="" if markdown else "\n")

@@ -10,6 +10,7 @@ from families.registry import all_families
 
 import sparsediff.eval  # noqa: F401  (mapped folders)
 from sparsediff.adapter import ADAPTERS, adapter_of
+from sparsediff.eval.cli import main
 from sparsediff.eval.models_table import as_markdown, as_text
 from sparsediff.pipelines.cards import ABSENT, CARDS, NOT_SPARSE, REVISION
 
@@ -98,3 +99,9 @@ def test_each_family_is_printed_with_what_its_adapter_says():
 def test_the_page_of_models_is_up_to_date():
     page = (ROOT / "docs" / "models.md").read_text()
     assert page == as_markdown(), "run: sparsediff models --markdown > docs/models.md"
+
+
+@pytest.mark.parametrize("flags", [[], ["--markdown"]])
+def test_the_command_prints_it(flags, capsys):
+    assert main(["models", *flags]) == 0
+    assert capsys.readouterr().out.strip() == (as_markdown() if flags else as_text()).strip()
