@@ -97,6 +97,15 @@ CARDS = (
         note="SkyReels-V1 is this transformer.",
     ),
     ModelCard(
+        family="Framepack",
+        transformer="HunyuanVideoFramepackTransformer3DModel",
+        pipelines=("HunyuanVideoFramepackPipeline",),
+        tokens="history of three scales (exact) + section of the video + picture and text (exact)",
+        guidance="an input of the model; one after the other with true_cfg_scale",
+        checked=("framepack",),
+        note="Each section is a run of its own and a short sequence: 9 latent frames at 640x640 are 14,400 tokens.",
+    ),
+    ModelCard(
         family="HunyuanVideo 1.5",
         transformer="HunyuanVideo15Transformer3DModel",
         pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
@@ -345,7 +354,6 @@ NOT_SPARSE = {
     "ConsisIDTransformer3DModel": "no adapter yet: CogVideoX's attention beside a face encoder's",
     "Cosmos3OmniTransformer": "two attention calls in one, causal and over shared keys (grouped heads)",
     "HeliosTransformer3DModel": "no adapter yet: history of several scales in front of the video",
-    "HunyuanVideoFramepackTransformer3DModel": "three scales of history in front of a short section of video: little of the sequence is a grid",
     "JoyImageEditPlusTransformer3DModel": "no adapter yet: several images of different sizes in one sequence",
     "JoyImageEditTransformer3DModel": "no adapter yet: reference images beside the edited one",
     "Kandinsky6SRTransformer3DModel": "no adapter yet",
