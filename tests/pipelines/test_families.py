@@ -34,7 +34,7 @@ class Case:
     """A family, a pipeline of it, and what it gives untouched."""
 
     def __init__(self, family):
-        self.family, self.pipe, self._stock = family, family.build(), {}
+        self.family, self.pipe, self._stock = family, family.pipeline(), {}
 
     def run(self, size=None, **options):
         return self.family.run(self.pipe, size, **options)

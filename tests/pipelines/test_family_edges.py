@@ -28,7 +28,7 @@ def enabled(pipe):
 
 def test_block_causal_diffusion_forcing_runs_dense_and_says_why():
     family = FAMILIES["skyreels-v2-df"]
-    pipe = family.build()
+    pipe = family.pipeline()
     size, causal = (96, 128, 13), {"causal_block_size": 2, "ar_step": 0}
     whole = family.run(pipe, size)
     stock = family.run(pipe, size, **causal)
@@ -42,7 +42,7 @@ def test_block_causal_diffusion_forcing_runs_dense_and_says_why():
 
 def test_frames_at_noise_levels_of_their_own_stay_sparse():
     family = FAMILIES["skyreels-v2-df"]
-    pipe = family.build()
+    pipe = family.pipeline()
     stock = family.run(pipe, ar_step=1, steps=3)
     with enabled(pipe) as handle:
         out = family.run(pipe, ar_step=1, steps=3)
@@ -51,7 +51,7 @@ def test_frames_at_noise_levels_of_their_own_stay_sparse():
 
 
 def test_strengths_of_in_context_references_run_dense_and_say_why():
-    pipe = FAMILIES["ltx-2"].build()
+    pipe = FAMILIES["ltx-2"].pipeline()
     attention = pipe.transformer.transformer_blocks[0].attn1
     tokens = torch.randn(1, 144, 32, generator=generator(0))
     weights = torch.zeros(1, 144, 144)
@@ -83,7 +83,7 @@ def forward_inputs(pipe):
 
 def test_a_checkpoint_with_a_sparse_attention_of_its_own_is_refused():
     family = FAMILIES["kandinsky-5"]
-    pipe = family.build()
+    pipe = family.pipeline()
     pipe.transformer.register_to_config(attention_type="nabla")
     with pytest.raises(ValueError, match="register_to_config"):
         enabled(pipe)
@@ -98,14 +98,14 @@ def test_a_checkpoint_with_a_sparse_attention_of_its_own_is_refused():
 def test_a_backend_that_hides_attention_is_refused():
     from diffusers.models.attention_dispatch import attention_backend
 
-    pipe = FAMILIES["cosmos"].build()
+    pipe = FAMILIES["cosmos"].pipeline()
     with attention_backend("flex"), pytest.raises(ValueError, match="flex"):
         enabled(pipe)
     enabled(pipe).disable()
 
 
 def test_masks_that_are_no_tensors_are_refused():
-    pipe = FAMILIES["wan"].build()
+    pipe = FAMILIES["wan"].pipeline()
     attention = pipe.transformer.blocks[0].attn1
     with enabled(pipe), torch.no_grad(), pytest.raises(TypeError, match="masks that are tensors"):
         attention(torch.zeros(1, 144, 24), None, object(), None)

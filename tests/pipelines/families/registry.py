@@ -7,12 +7,18 @@ pipeline takes embeddings and returns latents.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
+
+from sparsediff.pipelines.cards import REVISION
+
+VERSION = importlib.metadata.version("diffusers")
 
 Size = tuple[int, int, int]  # height, width, frames, in pixels
 
@@ -58,6 +64,15 @@ class Family:
     def size(self) -> Size:
         """The usual one."""
         return next(iter(self.sizes))
+
+    def pipeline(self) -> object:
+        """A fresh one; skips the test where this release of diffusers is another than the adapters were written for."""
+        try:
+            return self.build()
+        except (AttributeError, ImportError) as missing:
+            if VERSION == REVISION:
+                raise
+            pytest.skip(f"{self.name} is not in diffusers {VERSION}: {missing}")
 
     def run(self, pipe: object, size: Size | None = None, **options: object) -> Tensor:
         """Latents of one short generation."""
