@@ -117,7 +117,7 @@ def test_draft_attention_scores_sub_blocks_by_their_log_sum_exp(grid, parts):
     grid = TokenGrid.video(*grid)
     method = DraftAttention(sub_blocks=parts, pool_h=8, pool_w=8)
     q, k = queries(grid.num_tokens)
-    logits = method._logits(q, k, (64, 64), None)
+    logits = method._logits(q, k, (64, 64), site(grid))
     run, n = 64 // parts, grid.num_tokens
     means = [
         torch.stack([x[0, i : i + run].double().mean(0) for i in range(0, n, run)]) for x in (q, k)
