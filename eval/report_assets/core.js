@@ -128,8 +128,9 @@ const decoded = new Map();
 /** The bytes of an embedded block, decoded when first asked for. */
 function bytes(id) {
   if (!decoded.has(id)) {
-    const text = atob(document.getElementById(id).textContent.trim());
-    decoded.set(id, Uint8Array.from(text, (c) => c.charCodeAt(0)));
+    const text = atob(document.getElementById(id).textContent), out = new Uint8Array(text.length);
+    for (let i = 0; i < text.length; i++) out[i] = text.charCodeAt(i);
+    decoded.set(id, out);
   }
   return decoded.get(id);
 }

@@ -32,7 +32,7 @@ class MaskViewer {
     this.branch = mask.calls.some((c) => c.branch === this.branch) ? this.branch : sparsest.branch;
     this.pictures = mask.stills.map((source) => {
       const image = new Image();
-      image.onload = () => this.draw();
+      image.onload = () => this.drawSoon();
       image.src = source;
       return image;
     });
@@ -118,6 +118,12 @@ class MaskViewer {
     const base = (this.row * call.heads.length + this.head) * rows * columns;
     // One byte a block: 8 steps to a halving, 0 for nothing.
     return (r, c) => (data[base + r * columns + c] ? 2 ** ((data[base + r * columns + c] - 255) / 8) : 0);
+  }
+
+  /** Once, however many pictures arrive before the next frame of the screen. */
+  drawSoon() {
+    cancelAnimationFrame(this.waiting);
+    this.waiting = requestAnimationFrame(() => this.draw());
   }
 
   draw() {
