@@ -54,6 +54,8 @@ class FramepackAdapter(HunyuanVideoAdapter):
     one leaves padding out altogether.
     """
 
+    presets = ModelAdapter.presets
+
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """History, the latent video, then `image_embeds` and `encoder_hidden_states`, all of it."""
         text = arguments["image_embeds"].shape[1] + arguments["encoder_hidden_states"].shape[1]

@@ -105,3 +105,10 @@ def test_the_page_of_models_is_up_to_date():
 def test_the_command_prints_it(flags, capsys):
     assert main(["models", *flags]) == 0
     assert capsys.readouterr().out.strip() == (as_markdown() if flags else as_text()).strip()
+
+
+def test_no_adapter_inherits_what_was_published_for_another_model():
+    for name in ADAPTERS:
+        adapter = adapter_of(name)
+        if any(preset.provenance != "guess" for preset in adapter.presets):
+            assert "presets" in vars(type(adapter)), f"{name} needs presets of its own"
