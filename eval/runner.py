@@ -195,7 +195,14 @@ class _Run:
             wants_error = self.options.attention_error and "attention_error" not in clip.metrics
             path = self.folder_path / CAPTURES / f"{name}.safetensors"
             if wants_error or (self.options.captures and not path.is_file()):
-                errors = self._observe(arm, key, path if self.options.captures else None)
+                try:
+                    errors = self._observe(arm, key, path if self.options.captures else None)
+                except (
+                    ValueError
+                ) as error:  # a capture that cannot fit is refused; the figures stand without it
+                    note = f"the first clip of {arm.label} could not be looked into: {error}"
+                    self.folder.update(name, notes=(*self.folder.arms[name].notes, note))
+                    continue
                 if self.options.attention_error:
                     self.folder.add(name, with_attention_errors(clip, errors))
 
@@ -306,10 +313,9 @@ class _Run:
                 self.pipe(**arguments)
                 return error.by_step()
             layers = sum(len(state.layers) for state in handle.states)
-            chosen = {"layers": list(_spread(layers, CAPTURED_LAYERS))}
-            if steps:
-                chosen["steps"] = list(_spread(steps, CAPTURED_STEPS))
-            with capture(handle, **chosen) as seen:
+            chosen_layers = list(_spread(layers, CAPTURED_LAYERS))
+            chosen_steps = list(_spread(steps, CAPTURED_STEPS)) if steps else [-1]
+            with capture(handle, layers=chosen_layers, steps=chosen_steps) as seen:
                 self.pipe(**arguments)
             seen.about |= {"prompt": key[0], "seed": str(key[1])}
             captured.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from pathlib import Path
 
@@ -69,17 +70,20 @@ def read_video(path: str | Path) -> tuple[Tensor, float]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with warnings.catch_warnings():
-            # imageio-ffmpeg leaves its pipes to the garbage collector where ffmpeg ends first.
-            warnings.simplefilter("ignore", ResourceWarning)
+    with warnings.catch_warnings():
+        # imageio-ffmpeg leaves its pipes to the garbage collector where ffmpeg ends first.
+        warnings.simplefilter("ignore", ResourceWarning)
+        try:
             pixels = iio.imread(path, plugin="FFMPEG")
             fps = float(iio.immeta(path, plugin="FFMPEG")["fps"])
-    except (OSError, RuntimeError, IndexError, KeyError) as error:
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"cannot read a video from {path}: {reason[-1] if reason else type(error).__name__}"
-        ) from None
+        except (OSError, RuntimeError, IndexError, KeyError) as error:
+            said = str(error).strip().splitlines()
+            problem = said[-1] if said else type(error).__name__
+        else:
+            problem = None
+        if problem is not None:
+            gc.collect()  # while nobody is warned of the pipes
+            raise ValueError(f"cannot read a video from {path}: {problem}")
     return torch.from_numpy(pixels).float() / 255, fps
 
 
