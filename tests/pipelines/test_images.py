@@ -222,6 +222,22 @@ def test_the_second_attention_of_stable_diffusion_3_sees_the_image_alone():
     }
 
 
+def test_skip_layer_guidance_adds_a_call_with_blocks_of_its_own():
+    pipe = sd3.build()
+    options = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.1, "steps": 4}
+    options |= {"skip_layer_guidance_stop": 1.0}
+    stock = sd3.FAMILIES[0].run(pipe, **options)
+    with sparsediff.enable(pipe, EVERYTHING, schedule=NEVER_DENSE) as handle:
+        assert close(sd3.FAMILIES[0].run(pipe, **options), stock)
+        assert handle.report().dense_calls == {}
+    with sparsediff.enable(pipe, HALF, schedule=Schedule(dense_steps=1)) as handle:
+        assert not torch.equal(sd3.FAMILIES[0].run(pipe, **options), stock)
+        slots = handle.states[0]._slots
+        assert list(slots) == ["call 1", "call 2"]
+        assert [len(s[1].bitmap) for s in slots.values()] == [2, 1]
+        assert slots["call 2"][0] is None, "the layer that is skipped"
+
+
 def test_each_sample_of_mochi_has_blocks_of_its_own():
     pipe, calls = mochi.build(), []
     with sparsediff.enable(pipe, HALF, schedule=Schedule(dense_steps=1)) as handle:

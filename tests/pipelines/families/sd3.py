@@ -30,7 +30,7 @@ def build(**changes):
     )
 
 
-def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0):
+def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0, **options):
     height, width, _ = size
     return pipe(
         prompt_embeds=embeddings(1, TEXT, CHANNELS),
@@ -43,6 +43,7 @@ def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0):
         num_inference_steps=steps,
         output_type="latent",
         generator=generator(seed),
+        **options,
     ).images
 
 
