@@ -28,6 +28,8 @@ def reproduce(results: Results) -> dict[str, str]:
     command += [word for arm in arms for word in ("--arm", arm)]
     if any(arm.role == "random" for arm in results.arms):
         command.append("--random")
+    if any(results.capture_path(arm) for arm in results.arms):
+        command.append("--captures")
     command += ["--out", "report"]
     lines = [
         "from sparsediff.eval.models import load_pipeline",

@@ -206,7 +206,7 @@ def _caveats(results: Results, summaries: tuple[ArmSummary, ...], notes: list[st
     gpu = any(word in device.lower() for word in ("nvidia", "geforce", "tesla", "rtx"))
     if device and not gpu:
         said.append(
-            f"Times are of this device ({device}) and this size; on another device both can turn round."
+            f"Times are of this device ({device}) and this size; elsewhere another method may be the fastest."
         )
     if len({tuple(sorted(arm.environment.items())) for arm in results.arms}) > 1:
         said.append(
@@ -220,6 +220,10 @@ def _caveats(results: Results, summaries: tuple[ArmSummary, ...], notes: list[st
             "Not all arms are complete: "
             + ", ".join(f"{arm} {n}" for arm, n in counts.items())
             + " clips."
+        )
+    if not any(results.capture_path(arm) for arm in results.arms):
+        said.append(
+            "No masks were captured; `sparsediff eval run --captures` shows what each patch attends."
         )
     said += dict.fromkeys(note for arm in results.arms for note in arm.notes)
     return said

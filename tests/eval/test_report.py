@@ -237,6 +237,8 @@ def test_lost_clips_are_said(results_folder):
     data = data_of(write_report(results_folder))
     assert data["clips"]["dense"]["1"]["video"] is None
     assert any("1 of 8 clips are no longer" in text for text in data["caveats"])
+    assert any("No masks were captured" in text for text in data["caveats"])
+    assert "--captures" not in data["reproduce"]["command"]
 
 
 def test_masks_reach_the_page(results_folder):
@@ -255,6 +257,8 @@ def test_masks_reach_the_page(results_folder):
     assert mask["calls"][0]["bits"] == mask["calls"][1]["bits"], "equal masks travel once"
     assert mask["calls"][0]["windowNames"] == ["axes HWF, slowest first", "windows of 1 x 2 x 2"]
     assert "memory was full" in mask["note"]
+    assert "--captures" in data["reproduce"]["command"]
+    assert not any("No masks were captured" in text for text in data["caveats"])
     assert any("2 of 3 captured attention calls" in note for note in data["caveats"])
     assert f'id="{mask["calls"][0]["names"][1]}"' in text
 
