@@ -1,9 +1,9 @@
 """LTX-Video: text- and image-to-video, and generation under conditions.
 
 Self-attention (`attn1`) runs over the latent video alone; text comes in through cross-attention (`attn2`).  The pipeline
-packs the video, so the transformer sees a list of tokens: text-to-video tells it the size, `LTXConditionPipeline` only the
-coordinates of every token, and puts the tokens of its conditions in front of the video.  These stay exact.  Both guidance
-branches come in one batch.
+packs the video, so the transformer sees a list of tokens: text-to-video tells it the size, `LTXConditionPipeline` and the
+pipeline for long videos only the coordinates of every token.  Conditions and guides stand beside the video, as tokens of
+their own, and stay exact.  Both guidance branches come in one batch.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ class LTXAdapter(ModelAdapter):
         """
         tokens = arguments["hidden_states"].shape[1]
         shape = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
+        coordinates = arguments.get("video_coords")
+        # The pipeline for long videos passes coordinates, and ones for sizes.
+        if coordinates is not None and (None in shape or shape == (1, 1, 1)):
+            return volume_beside(coordinates)
         if None in shape:
-            if arguments.get("video_coords") is None:
-                raise ValueError("neither the size of the latent video nor its coordinates")
-            return volume_beside(arguments["video_coords"])
+            raise ValueError("neither the size of the latent video nor its coordinates")
         frames, height, width = shape
         beside = tokens - frames * height * width
         if beside < 0:

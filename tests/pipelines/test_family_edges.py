@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import sparsediff
 from sparsediff import Custom, Schedule
+from sparsediff.adapter import ADAPTERS, adapter_for
 from sparsediff.pipelines.packed import runs, volume_beside
 
 FAMILIES = {family.name: family for family in all_families()}
@@ -78,6 +79,26 @@ def forward_inputs(pipe):
     }
 
 
+def test_each_call_of_a_guided_step_has_masks_of_its_own():
+    """LTX-2 calls up to three times a step, with batches of their own; a perturbed layer makes no call in one of them."""
+    family = FAMILIES["ltx-2"]
+    pipe = family.build(perturbed_attn=True)
+    scales = dict.fromkeys(("stg_scale", "audio_stg_scale"), 1.0)
+    scales |= dict.fromkeys(("modality_scale", "audio_modality_scale"), 3.0)
+    call = {"spatio_temporal_guidance_blocks": [1], **scales}
+    stock = family.run(pipe, **call)
+    with enabled(pipe) as handle:
+        out = family.run(pipe, **call)
+        slots = handle.states[0]._slots
+        assert {name: [slot is not None for slot in s] for name, s in slots.items()} == {
+            "cond_uncond": [True, True],
+            "uncond_stg": [True, False],
+            "uncond_modality": [True, True],
+        }
+        assert handle.report().dense_calls == {}
+    assert torch.allclose(out, stock, rtol=0, atol=5e-5 * stock.abs().max().item())
+
+
 # -- refusals -----------------------------------------------------------------------------------------------------
 
 
@@ -113,8 +134,6 @@ def test_masks_that_are_no_tensors_are_refused():
 
 def test_unknown_models_raise_with_the_list():
     from diffusers import SanaTransformer2DModel
-
-    from sparsediff.adapter import ADAPTERS
 
     model = SanaTransformer2DModel.__new__(SanaTransformer2DModel)
     torch.nn.Module.__init__(model)
@@ -157,6 +176,23 @@ def test_a_video_is_found_among_reference_frames(shape, before, after, form):
     first = before * height * width
     assert grid.grid_span == (first, first + shape[0] * height * width)
     assert volume_beside(coordinates) is grid, "read once"
+
+
+@pytest.mark.parametrize("sizes", [(None, None, None), (1, 1, 1)])
+def test_coordinates_speak_where_sizes_do_not(sizes):
+    adapter = adapter_for(FAMILIES["ltx"].pipeline().transformer)
+    call = {"hidden_states": torch.zeros(1, 144 + 48, 8), "video_coords": None}
+    call |= dict(zip(("num_frames", "height", "width"), sizes, strict=True))
+    guide, video = walk(1, 6, 8, first_time=50.0), walk(3, 6, 8)
+    told = {**call, "video_coords": torch.cat([guide, video], 1)[None]}
+    assert str(adapter.token_grid(None, told)) == "48 image + 3x6x8"
+    if None in sizes:
+        with pytest.raises(ValueError, match="neither the size"):
+            adapter.token_grid(None, call)
+    known = {**call, "num_frames": 3, "height": 6, "width": 8}
+    assert str(adapter.token_grid(None, known)) == "3x6x8 + 48 image"
+    with pytest.raises(ValueError, match="192 tokens for a latent video of 9x6x8"):
+        adapter.token_grid(None, {**known, "num_frames": 9})
 
 
 def test_scattered_tokens_are_no_video():

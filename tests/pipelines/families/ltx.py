@@ -79,7 +79,7 @@ def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0, conditions=False):
         ).frames
 
 
-def build_with_audio():
+def build_with_audio(**changes):
     import diffusers
     from diffusers.pipelines.ltx2 import LTX2TextConnectors
 
@@ -88,7 +88,7 @@ def build_with_audio():
             in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16,
             cross_attention_dim=32, audio_in_channels=128, audio_out_channels=128,
             audio_num_attention_heads=2, audio_attention_head_dim=8, audio_cross_attention_dim=16,
-            num_layers=2, caption_channels=16, qk_norm="rms_norm_across_heads",
+            num_layers=2, caption_channels=16, **changes,
         ).eval()  # fmt: skip
         # Latents are scaled back by the autoencoders' statistics even where nothing is decoded.
         vae = diffusers.AutoencoderKLLTX2Video(
@@ -118,7 +118,7 @@ def build_with_audio():
     )
 
 
-def call_with_audio(pipe, size, *, guidance, pad=0.0, steps=2, seed=0):
+def call_with_audio(pipe, size, *, guidance, pad=0.0, steps=2, seed=0, **options):
     height, width, frames = size
     mask = torch.ones(1, 6, dtype=torch.long)
     return pipe(
@@ -132,13 +132,16 @@ def call_with_audio(pipe, size, *, guidance, pad=0.0, steps=2, seed=0):
         frame_rate=24.0,
         num_inference_steps=steps,
         guidance_scale=1.0 if guidance == "off" else 3.0,
-        stg_scale=0.0,
-        modality_scale=1.0,
         audio_guidance_scale=1.0 if guidance == "off" else 3.0,
-        audio_stg_scale=0.0,
-        audio_modality_scale=1.0,
         output_type="latent",
         generator=generator(seed),
+        **{
+            "stg_scale": 0.0,
+            "modality_scale": 1.0,
+            "audio_stg_scale": 0.0,
+            "audio_modality_scale": 1.0,
+            **options,
+        },
     ).frames
 
 
