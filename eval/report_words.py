@@ -235,8 +235,7 @@ def _environment(results: Results) -> list[list[str]]:
         ("model", first.model + (f" @ {first.revision}" if first.revision else "")),
         ("layout", _settings(first.layout)),
         ("call", _settings(first.call)),
-        *first.configuration.items(),
-        *first.environment.items(),
+        *(first.configuration | first.environment).items(),
         ("commit", first.git_hash),
         ("measured", first.created),
     ]
@@ -249,7 +248,11 @@ def _environment(results: Results) -> list[list[str]]:
 
 
 def _settings(values: dict[str, object]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in values.items())
+    plain = {
+        name: " + ".join(map(str, value.values())) if isinstance(value, dict) else value
+        for name, value in values.items()
+    }
+    return ", ".join(f"{name}={value}" for name, value in plain.items())
 
 
 def format_metric(name: str, value: float) -> str:

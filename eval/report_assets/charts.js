@@ -147,16 +147,21 @@ function scatter(width, { points, xLabel, yLabel, xText, yText, xBetter, yBetter
 /** Beside its point, where no other label stands. */
 function pointLabel(text, cx, cy, width, taken, on) {
   const length = Math.min(text.length, 30) * (on ? 7 : 6.3), off = on ? 16 : 13;
-  const right = cx + off + 1 + length < width - 4;
-  const places = [[0, right ? 1 : -1], [-15, right ? 1 : -1], [15, right ? 1 : -1], [0, right ? -1 : 1], [-28, 1], [28, 1]];
-  const box = ([dy, side]) => ({ left: side > 0 ? cx + off : cx - off - length, right: side > 0 ? cx + off + length : cx - off, top: cy + dy - 8, bottom: cy + dy + 6 });
+  // Beside the point on either side, or centred above or below it (side 0), within the axes.
+  const places = [[0, 1], [0, -1], [-20, 0], [24, 0], [-15, 1], [15, 1], [-15, -1], [15, -1], [-34, 0], [38, 0]];
+  const box = ([dy, side]) => {
+    const left = side > 0 ? cx + off : side < 0 ? cx - off - length : Math.max(PAD.left, Math.min(width - length, cx - length / 2));
+    return { left, right: left + length, top: cy + dy - 8, bottom: cy + dy + 6 };
+  };
   const free = places.find((place) => {
     const b = box(place);
-    return b.left >= PAD.left - 20 && b.right <= width && !taken.some((t) => b.left < t.right && t.left < b.right && b.top < t.bottom && t.top < b.bottom);
-  }) ?? places[0];
-  taken.push(box(free), { left: cx - 8, right: cx + 8, top: cy - 8, bottom: cy + 8 });
+    return b.left >= PAD.left && b.right <= width && !taken.some((t) => b.left < t.right && t.left < b.right && b.top < t.bottom && t.top < b.bottom);
+  }) ?? [-20, 0];
+  const at = box(free);
+  taken.push(at, { left: cx - 8, right: cx + 8, top: cy - 8, bottom: cy + 8 });
   const short = text.length > 30 ? `${text.slice(0, 29)}…` : text;
-  return svg("text", { x: cx + off * free[1], y: cy + free[0] + 4, "text-anchor": free[1] > 0 ? "start" : "end", class: on ? "label" : null, "pointer-events": "none" }, short);
+  const x = free[1] > 0 ? at.left : free[1] < 0 ? at.right : (at.left + at.right) / 2;
+  return svg("text", { x, y: cy + free[0] + 4, "text-anchor": ["end", "middle", "start"][free[1] + 1], class: on ? "label" : null, "pointer-events": "none" }, short);
 }
 
 function interval([, low, high], text) {

@@ -78,6 +78,18 @@ def test_the_headline_says_how_fast_and_how_good(results_folder):
     assert tiles["PSNR to dense"]["note"] == "29.0 to 30.0 (2 prompts)"
 
 
+def test_the_environment_says_everything_once(results_folder):
+    change(results_folder, "dense", layout={"transformers": {"transformer": "WanTransformer3DModel"}, "layers": 6})  # fmt: skip
+    results = load_results(results_folder)
+    same = {**results.dense.configuration, "torch": "2.13.0"}
+    for arm in results.arms:
+        save_arm(results_folder, dataclasses.replace(arm, configuration=same))
+    rows = data_of(write_report(results_folder))["environment"]
+    assert ["layout", "transformers=WanTransformer3DModel, layers=6"] in rows
+    assert ["call", "num_inference_steps=8, height=64, width=64"] in rows
+    assert sum(name == "torch" for name, _ in rows) == 1
+
+
 def test_time_is_taken_apart(results_folder):
     arm = data_of(write_report(results_folder))["arms"][1]
     seconds = arm["seconds"]
