@@ -128,7 +128,8 @@ def calibrate(
 
             def attend(call: Call) -> Tensor:
                 calls.append(call.site.name)
-                grids.add(str(call.site.grid))
+                # Of the forward: a call may see fewer tokens, or see them in another order.
+                grids.add(handle.recorder.grid)
                 if method.bound_to_grid and len(grids) > 1:
                     raise ValueError(
                         f"{method.name} is measured at one size, and the prompts ran at several: "
