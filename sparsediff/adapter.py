@@ -22,7 +22,6 @@ from sparsediff.token_grid import TokenGrid
 ADAPTERS = {
     "AllegroTransformer3DModel": "sparsediff.pipelines.allegro:AllegroAdapter",
     "ChronoEditTransformer3DModel": "sparsediff.pipelines.wan:ChronoEditAdapter",
-    "ChronoEditTransformer3DModel": "sparsediff.pipelines.wan:WanAdapter",
     "CogVideoXTransformer3DModel": "sparsediff.pipelines.cogvideox:CogVideoXAdapter",
     "CosmosTransformer3DModel": "sparsediff.pipelines.cosmos:CosmosAdapter",
     "DiffusionGemmaForBlockDiffusion": "sparsediff.pipelines.diffusion_gemma:DiffusionGemmaAdapter",

@@ -29,6 +29,17 @@ def test_every_adapter_has_a_card():
     assert not set(NOT_SPARSE) & set(ADAPTERS)
 
 
+def test_every_adapter_that_is_written_is_used():
+    written = {
+        f"sparsediff.pipelines.{path.stem}:{node.name}"
+        for path in sorted((Path(__file__).parents[2] / "pipelines").glob("*.py"))
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Adapter")
+    }
+    shared = {"sparsediff.pipelines.language_model:LanguageModelAdapter"}
+    assert written - shared == set(ADAPTERS.values())
+
+
 def test_what_is_said_to_be_checked_is():
     claimed = [name for card in CARDS for name in card.checked]
     modules = {name for name in claimed if name.startswith("test_")}
