@@ -151,7 +151,10 @@ class Method(ABC):
         raise NotImplementedError
 
     def always(self, grid: TokenGrid) -> Tensor | None:
-        """Blocks that the method keeps beside what every method must, at every step: `bool [Mq, Nk]` on the CPU."""
+        """Blocks that the method keeps beside what every method must, at every step: `bool [Mq, Nk]` on the CPU.
+
+        Rows are blocks of the tokens that ask (`grid.num_queries`, the last of the sequence).
+        """
         return None
 
     def default_schedule(self) -> Schedule:

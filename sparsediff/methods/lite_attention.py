@@ -44,7 +44,8 @@ class LiteAttention(CalibratedMethod):
             outwards.  A ragged last tile comes first in each, and calls with padded keys are always descending.
         must_keep: token ranges whose tiles are visited by every query and whose queries visit every tile; text is so
             without being named.  Ranges grow to whole tiles.
-        must_skip: token ranges that no query attends to, from the first call on; they shrink to whole tiles.
+        must_skip: token ranges that no query attends to, from the first call on; they shrink to whole tiles, ranges
+            that touch as one.  What must be kept, text with it, is kept all the same.
         error: for `sparsediff calibrate`: relative L1 error of a call's output against dense attention that the skips
             so far may cause, in the middle third of the steps (published: 0.075) ...
         error_spread: ... the first third gets this much less, the last this much more (published: 0.01).
@@ -121,14 +122,15 @@ class LiteAttention(CalibratedMethod):
         """Everything but `must_skip`: the first call of a generation visits all tiles, later ones what its vote left."""
         (batch, tokens, heads, _), (bq, bk) = query.shape, self.tile
         columns = -(-key.shape[1] // bk)
-        shape, skipped = (batch, heads, -(-tokens // bq), columns), set()
+        shape, skipped = (batch, heads, -(-tokens // bq), columns), 0
         keep = torch.ones(shape, dtype=torch.bool, device=query.device)
-        for start, stop in self.must_skip:
+        for start, stop in _union(self.must_skip):
+            first = -(-start // bk)
             # A last tile is whole although it is short.
             last = columns if stop >= key.shape[1] else stop // bk
-            keep[..., -(-start // bk) : last] = False
-            skipped.update(range(-(-start // bk), last))
-        if len(skipped) == columns:
+            keep[..., first:last] = False
+            skipped += max(0, last - first)
+        if skipped == columns:
             raise ValueError(f"must_skip={self.must_skip} leaves none of {key.shape[1]} tokens")
         return keep
 
@@ -137,10 +139,10 @@ class LiteAttention(CalibratedMethod):
         if not self.must_keep:
             return None
         bq, bk = self.tile
-        tokens = grid.num_tokens
-        keep = torch.zeros(-(-tokens // bq), -(-tokens // bk), dtype=torch.bool)
+        keep = torch.zeros(-(-grid.num_queries // bq), -(-grid.num_tokens // bk), dtype=torch.bool)
+        asking = grid.num_tokens - grid.num_queries  # the first token that does
         for start, stop in self.must_keep:
-            keep[start // bq : -(-stop // bq)] = True
+            keep[max(0, start - asking) // bq : -(-max(0, stop - asking) // bq)] = True
             keep[:, start // bk : -(-stop // bk)] = True
         return keep
 
@@ -161,6 +163,17 @@ class LiteAttention(CalibratedMethod):
     def calibrator(self, layout: ModelLayout) -> Calibrator:
         """One pass: at every call the threshold whose skips change the output by as much as the step allows."""
         return _LiteCalibrator(self, layout)
+
+
+def _union(ranges: Ranges) -> list[tuple[int, int]]:
+    """The same tokens in ranges that neither touch nor overlap."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
+        else:
+            merged.append((start, stop))
+    return merged
 
 
 @per_calibration
@@ -193,8 +206,11 @@ class _LiteCalibrator(Calibrator):
         if site.num_steps is None:
             raise ValueError("calibration needs the number of steps: give calibrate() a pipeline")
         key, blocks = (site.branch, site.name), -(-call.key.shape[1] // method.tile[1])
+        forced = forced_blocks(site.grid, method.tile, device=call.query.device)
+        if (always := method.always(site.grid)) is not None:
+            forced |= always.to(forced.device)
         if key not in self.masks:
-            self.masks[key] = pack_bits(method.keep_blocks(call.query, call.key, site))
+            self.masks[key] = pack_bits(method.keep_blocks(call.query, call.key, site) | forced)
         tokens = (call.query.shape[1], call.key.shape[1])
         # Padding is hidden behind a length, which kernels take with ascending lists only.
         visits = "descending" if site.kv_lengths is not None else method.visits(site)
@@ -215,9 +231,6 @@ class _LiteCalibrator(Calibrator):
         out, exact = run(now).out, call.dense()
         target = error_target(site.step, site.num_steps, method.error, method.error_spread)
         low, high, best = LOWEST, HIGHEST, (LOWEST, now)
-        forced = forced_blocks(site.grid, method.tile, device=now.device)
-        if (always := method.always(site.grid)) is not None:
-            forced |= always.to(now.device)
         for _ in range(PROBES):
             middle = (low + high) / 2
             keep = run(now, middle).vote | forced

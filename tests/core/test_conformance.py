@@ -383,7 +383,8 @@ def test_lite_attention_ranges_become_whole_tiles(tokens, tile, must_keep, must_
     grid = TokenGrid.video(1, 1, tokens)
     method = LiteAttention(tile=tile, must_keep=must_keep, must_skip=must_skip)
     q = torch.zeros(1, tokens, 1, 4)
-    if set(range(tokens)) <= {t for a, b in must_skip for t in range(a, b)}:
+    skipped = {t for a, b in must_skip for t in range(a, b)}
+    if set(range(tokens)) <= skipped:
         with pytest.raises(ValueError, match="leaves none of"):
             method.keep_blocks(q, q, site(grid))
         return
@@ -397,12 +398,33 @@ def test_lite_attention_ranges_become_whole_tiles(tokens, tile, must_keep, must_
     for i in range(-(-tokens // tile[0])):
         for j in range(-(-tokens // tile[1])):
             first, last = j * tile[1], min((j + 1) * tile[1], tokens)
-            inside = any(a <= first and last <= b for a, b in must_skip)
+            inside = set(range(first, last)) <= skipped
             assert keep[i, j] == (not inside)
             if always is not None:
                 expected = touched(i * tile[0], tile[0]) or touched(first, tile[1])
                 assert always[i, j] == expected
     assert (method.must_keep, method.must_skip) == (must_keep, must_skip)
+
+
+@pytest.mark.parametrize("skip", [((0, 20), (20, 64)), ((10, 64), (0, 40)), ((0, 64), (8, 16))])
+def test_lite_attention_ranges_that_touch_or_overlap_are_one(skip):
+    """Tiles that no single range covers are skipped, and who skips all is told."""
+    q = torch.zeros(1, 96, 1, 4)
+    for tokens, kept in ((96, [False, False, True]), (64, None)):
+        method = LiteAttention(tile=(32, 32), must_skip=skip)
+        q, here = q[:, :tokens], site(TokenGrid.video(1, 1, tokens))
+        if kept is None:
+            with pytest.raises(ValueError, match="leaves none of 64 tokens"):
+                method.keep_blocks(q, q, here)
+        else:
+            assert method.keep_blocks(q, q, here)[0, 0, 0].tolist() == kept
+
+
+def test_lite_attention_keeps_rows_of_the_tokens_that_ask():
+    """Of 96 tokens the last 40 ask, in two tiles: 56 to 87 and 88 to 95."""
+    grid = TokenGrid.line(50, 46, queries=40)
+    keep = LiteAttention(tile=(32, 32), must_keep=((0, 10), (90, 96))).always(grid)
+    assert keep.tolist() == [[True, False, True], [True, True, True]]
 
 
 # -- hybrids ------------------------------------------------------------------------------------------------------
