@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 
 from sparsediff.eval import cli_flags as flags
@@ -62,4 +63,5 @@ def run(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         calibrations=tuple(arguments.calibration),
     )
-    serve(studio, host=arguments.host, port=arguments.port, share=arguments.share)
+    with contextlib.closing(studio):
+        serve(studio, host=arguments.host, port=arguments.port, share=arguments.share)

@@ -225,8 +225,8 @@ def calibration_hint(studio: Studio) -> str:
     if not missing:
         return ""
     return (
-        f"{' and '.join(missing)} must be measured before they can run: `sparsediff calibrate --method {missing[0]} "
-        f"--model {studio.model} --prompt … --out FOLDER`, then start this page with `--calibration FOLDER`."
+        f"{' and '.join(missing)} must be measured before they can run: `sparsediff calibrate` does that, and "
+        "`sparsediff demo --calibration FOLDER` then offers them."
     )
 
 

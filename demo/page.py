@@ -17,7 +17,7 @@ from sparsediff.demo.meters import Phase, meter, notice
 from sparsediff.demo.sessions import Session, Sessions
 from sparsediff.demo.settings import Settings, from_query
 from sparsediff.demo.studio import Studio
-from sparsediff.demo.view import example_report, framed
+from sparsediff.demo.view import example, framed
 from sparsediff.demo.work import Result, all_methods, comparison, shared
 from sparsediff.eval.compare import Request
 from sparsediff.eval.models import default_request
@@ -25,7 +25,6 @@ from sparsediff.eval.models import default_request
 VISITORS = 16  # handlers that may wait for the pipeline at a time
 WAITING = 64  # requests that may queue for a handler
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError, RuntimeError)
-EXAMPLE_NOTE = "A stored clip of tiny-wan, so that there is something to look at. Press the button to make your own."
 KEPT_NOTE = (
     "The dense clip is kept: with another method or parameter only the sparse run is made again."
 )
@@ -35,10 +34,11 @@ EAGER_CHARACTERS = 8 << 20
 NOTHING_YET = '<p class="sd-hint">Nothing yet: generate a comparison first.</p>'
 # Settings stay in the address, so that it can be sent to somebody; Gradio's own parameters are left alone.
 PUT_IN_ADDRESS = """(query) => {
-  if (!query) return;
+  if (!query) return "";
   const url = new URL(window.location.href), own = [...url.searchParams].filter(([name]) => name.startsWith("__"));
   url.search = new URLSearchParams([...new URLSearchParams(query), ...own]).toString();
   window.history.replaceState(null, "", url);
+  return url.href;
 }"""
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,6 @@ class Page:
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
         self.sessions = Sessions()
-        self.example = example_report()
         with gr.Blocks(title="sparsediff", analytics_enabled=False) as self.blocks:
             self._build()
             self._connect()
@@ -157,15 +156,13 @@ class Page:
         self.cancel.click(self.stop, None, self.meter, **light)
         self.cancel_all.click(self.stop_study, None, self.all_meter, **light)
         self.inside_tab.select(self.look_inside, None, self.inside, **quiet)
-        self.address.change(None, self.address, None, js=PUT_IN_ADDRESS, api_visibility="private")
+        self.address.change(
+            None, self.address, self.link, js=PUT_IN_ADDRESS, api_visibility="private"
+        )
 
     def restore(self, request: gr.Request) -> dict[object, object]:
         """A page opens: what its address asks for, and the stored example to look at meanwhile."""
-        note = notice(EXAMPLE_NOTE, title="Example") if self.example else ""
-        updates = {
-            self.meter: note,
-            self.result: framed(self.example, "compare") if self.example else "",
-        }
+        updates: dict[object, object] = {self.result: example("compare")}
         query = {k: v for k, v in dict(request.query_params).items() if not k.startswith("__")}
         if not query:
             return updates
@@ -238,7 +235,6 @@ class Page:
             self.inside: framed(report, "inside") if len(report) < EAGER_CHARACTERS else "",
             self.address: query,
             self.share_note: '<p class="sd-hint">Of the last comparison:</p>',
-            self.link: f"?{query}",
             self.python: travels.python,
             self.shell: travels.command,
             self.downloads["report"]: _file(result.report),
@@ -269,7 +265,8 @@ class Page:
         except Cancelled:
             said = notice("The next run starts afresh.", title="Cancelled")
         except USER_ERRORS as error:
-            log.info("refused", exc_info=error)
+            # What diffusers or the device refuses in mid-run may need more than its sentence.
+            log.warning("refused: %s", error, exc_info=isinstance(error, RuntimeError))
             said = notice(_sentence(error), kind="error", title="Not possible")
         except Exception as error:
             log.exception("a run failed")
@@ -287,7 +284,7 @@ class Page:
         if result is not None:
             report = _text(result)
             return gr.skip() if len(report) < EAGER_CHARACTERS else framed(report, "inside")
-        return notice(EXAMPLE_NOTE, title="Example") + framed(self.example, "inside")
+        return example("inside")
 
     def stop(self, request: gr.Request) -> object:
         """Cancel on the first tab."""

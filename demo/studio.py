@@ -112,9 +112,7 @@ class Studio:
         check_name(model)
         self.model = model
         self._asked = (device, dtype)
-        self.calibrations = {
-            c.method: (f, c) for f in calibrations for c in [Calibration.from_pretrained(f)]
-        }
+        self.calibrations = {Calibration.from_pretrained(f).method: f for f in calibrations}
         self.methods = offered_methods(frozenset(self.calibrations))
         self.turns = Turns()
         self.dense = DenseCache()
@@ -193,7 +191,7 @@ class Studio:
         Raises:
             ValueError, TypeError: a parameter out of range, or a calibration that does not fit.
         """
-        folder, _ = self.calibrations.get(settings.method, (None, None))
+        folder = self.calibrations.get(settings.method)
         arm = sparse_arm(settings.method, calibration=folder, **settings.parameters)
         schedule = settings.build_schedule()
         if schedule is None:

@@ -24,23 +24,37 @@ TITLES = {
 }
 
 
-def framed(report: str, part: Part) -> str:
+# The stored clip's times were taken while the machine did other work, so the page does not show them.
+EXAMPLE_NOTE = (
+    '<p class="sd-label"><b>Stored example</b> tiny-wan, auto as it comes, 20 steps, seed 0. '
+    "Press the button to make your own.</p>"
+)
+
+
+def framed(report: str, part: Part, *, timed: bool = True) -> str:
     """An inline frame that shows one part of a report, as HTML.
 
     Args:
         report: what `sparsediff.eval.report.write_report` wrote.
         part: which of its sections.
+        timed: whether its times mean something; otherwise they are not shown.
     """
     extra = f"<style>{asset('frame.css')}</style>\n<script>{asset('frame.js')}</script>\n</body>"
-    inside = report.replace("<html ", f'<html data-part="{part}" ', 1)
+    inside = report.replace(
+        "<html ", f'<html data-part="{part}" data-timed="{str(timed).lower()}" ', 1
+    )
     head, _, _ = inside.rpartition("</body>")
     source = html.escape(f"{head}{extra}\n</html>", quote=True)
     return f'<iframe class="sd-frame" title="{TITLES[part]}" data-part="{part}" srcdoc="{source}"></iframe>'
 
 
+def example(part: Part) -> str:
+    """Something to look at before anything has run, and labelled so."""
+    return EXAMPLE_NOTE + framed(_example_report(), part, timed=False)
+
+
 @functools.cache
-def example_report() -> str:
-    """The report of the stored example: something to look at before anything has run."""
+def _example_report() -> str:
     with (
         resources.as_file(resources.files("sparsediff.demo") / "example") as folder,
         tempfile.TemporaryDirectory(prefix="sparsediff-demo-") as scratch,

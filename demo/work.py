@@ -48,7 +48,7 @@ def shared(studio: Studio, settings: Settings) -> Shared:
     """The settings as an address, a command and Python."""
     place = dict(studio.place)
     if settings.method in studio.calibrations:
-        place["calibration"] = studio.calibrations[settings.method][0]
+        place["calibration"] = studio.calibrations[settings.method]
     real = place
     if studio.device is not None:
         dtype = str(next(studio.pipe.transformer.parameters()).dtype).removeprefix("torch.")

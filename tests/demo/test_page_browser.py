@@ -10,6 +10,7 @@ from browser import Watched, launch
 gradio = pytest.importorskip("gradio", reason="the extra `demo` is not installed")
 
 from sparsediff.demo.serve import serve  # noqa: E402
+from sparsediff.eval.compare import Request  # noqa: E402
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
 SIZE = "height=128&width=128&frames=29"
@@ -103,10 +104,11 @@ def watch_meter(page, where="#meter"):
 
 def test_it_opens_with_something_to_look_at_and_asks_nobody(visit, outside):
     page = visit("")
-    assert "Example" in page.inner_text("#meter")
+    assert "Stored example" in page.inner_text("#result")
     example = frame(page)
-    assert "auto" in example.inner_text("#headline")
     assert example.is_visible("#clips")
+    assert "PSNR" in example.inner_text(".tiles")
+    assert "Denoiser" not in example.inner_text(".tiles")
     assert not example.is_visible("#environment")
     assert "random-wan on cpu" in page.inner_text("#header")
     assert page.input_value("#prompt textarea") == "a small red circle moves left"
@@ -261,6 +263,17 @@ def test_two_visitors_are_queued_and_not_mixed(visit):
     assert frame(two).evaluate("DATA.arms[1].label") == "auto density=0.5"
 
 
+def test_leaving_ends_the_run(visit, studio):
+    page = visit(f"prompt=leaving&steps=50&{SIZE}")
+    page.click("#run")
+    page.wait_for_selector("#meter [data-phase=dense]:not([data-step='0'])")
+    page.context.close()
+    next_one = visit(f"prompt=a+star&seed=1&steps=4&{SIZE}")
+    generate(next_one)
+    asked = Request(prompt="leaving", steps=50, height=128, width=128, frames=29, guidance=5.0)
+    assert studio.limits.check(asked) not in studio.dense
+
+
 def test_share_hands_out_report_clips_command_and_python(visit):
     page = visit(f"prompt=a+star&seed=1&steps=4&{SIZE}")
     generate(page)
@@ -274,7 +287,7 @@ def test_share_hands_out_report_clips_command_and_python(visit):
         "#command"
     )
     assert "sparsediff.enable(pipe, 'auto')" in page.inner_text("#python")
-    assert "?prompt=a+star&seed=1" in page.inner_text("#link")
+    assert page.inner_text("#link .cm-content") == page.url
 
 
 def test_all_methods_fill_a_plot_and_cancel_keeps_what_is_there(visit):

@@ -11,7 +11,7 @@ from sparsediff.demo.jobs import Cancelled, Job
 from sparsediff.demo.meters import Phase, StepPoint, meter, notice
 from sparsediff.demo.sessions import MAX_VISITORS, Sessions
 from sparsediff.demo.studio import DenseCache, Studio
-from sparsediff.demo.work import Result, all_methods, comparison
+from sparsediff.demo.work import Result, all_methods, comparison, shared
 from sparsediff.eval.captured import Capture
 from sparsediff.eval.compare import Request
 from sparsediff.eval.measure import generate
@@ -133,6 +133,24 @@ def test_a_wrong_parameter_is_refused_before_the_dense_run(studio, settings):
     with pytest.raises(ValueError, match="must be 64 or 128"):
         seen.extend(job.events())
     assert not seen
+
+
+def test_a_calibration_given_at_the_start_offers_its_method(studio, settings, tmp_path):
+    asked = settings("paro_attention", seed=18)
+    call = studio.limits.check(asked.request).arguments()
+    for name in ("prompt", "generator", "output_type"):
+        del call[name]
+    sparsediff.calibrate(studio.pipe, "paro_attention", ["a star"], folder=tmp_path, call=call)
+    other = Studio("random-wan", device="cpu", calibrations=(str(tmp_path),))
+    assert set(other.methods) - set(studio.methods) == {"paro_attention"}
+    other.start_loading()
+    _, (result,) = run(comparison(other, asked))
+    (arm,) = load_results(result.folder).others
+    assert arm.calibration is not None
+    travels = shared(other, result.settings)
+    assert f"--calibration {tmp_path}" in travels.command
+    assert f"calibration='{tmp_path}'" in travels.python
+    other.close()
 
 
 def test_a_schedule_of_ones_own_is_used(studio, settings):
