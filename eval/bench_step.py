@@ -1,10 +1,10 @@
-"""One denoising step of Wan 2.1 14B at 720p: dense, sparse through `sparsediff.enable`, and without self-attention.
+"""One denoising step of a model at its real width and sequence: dense, sparse, and without self-attention.
 
-    sparsediff bench step --out docs/benchmarks/step_h200.json
+    sparsediff bench step --model hunyuan-video --out docs/benchmarks/step_hunyuan_h200.json
 
-The transformer is diffusers' own class at its real width and sequence, with fewer layers and random weights: time does
-not depend on what they are.  Blocks are compiled (`compile_repeated_blocks`), dense attention runs on cuDNN.  The step
-without self-attention is what no attention kernel can beat.
+The transformer is diffusers' own class with fewer layers and random weights (`sparsediff.eval.step_models`): time does not
+depend on what they are.  Its blocks are compiled; dense attention runs on whichever kernel of PyTorch's is fastest here.  The
+step without self-attention is what no attention kernel can beat.
 """
 
 from __future__ import annotations
@@ -12,29 +12,32 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparsediff
+from sparsediff.adapter import adapter_for
+from sparsediff.api import watch
+from sparsediff.eval.step_models import STEP_MODELS, StepModel
 from sparsediff.kernels.bench_inputs import git_commit
 from sparsediff.methods import AttentionSite, Auto
 from sparsediff.schedule import Schedule
 
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
 CALLS = 4  # timesteps at each density: one that chooses blocks, one to warm up, two that count
-# Wan 2.1 14B, but for num_layers (40)
-WAN_14B = {
-    "patch_size": (1, 2, 2), "num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16,
-    "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 13824, "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-}  # fmt: skip
-LATENT = (1, 16, 21, 90, 160)  # 81 frames of 720 x 1280
+# What dense attention may run on; None leaves the choice to PyTorch.
+DENSE = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "PyTorch's choice": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +58,23 @@ class Ladder(Auto):
         return rung.keep_blocks(query, key, site, lse=lse)
 
 
-def main(out: Path | None = None, layers: int = 8) -> None:
-    """Measure, print, and write JSON where asked."""
+def main(out: Path | None = None, name: str = "wan-14b") -> None:
+    """Measure, print, and write JSON where asked.
+
+    Raises:
+        ValueError: no CUDA device, or no model of this name.
+    """
+    if name not in STEP_MODELS:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(STEP_MODELS)}")
     if not torch.cuda.is_available():
         raise ValueError("`bench step` needs a CUDA device")
     import diffusers
     import triton
 
-    model = build(WAN_14B, layers, "cuda")
+    case = STEP_MODELS[name]
+    model = case.build("cuda")
     result = {
-        "what": "one denoising step of Wan 2.1 14B, 720p, 81 frames, random weights, batch 1, bf16, compiled blocks",
+        "what": f"one denoising step of {case.what}, random weights, batch 1, bf16, compiled blocks",
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -72,75 +82,118 @@ def main(out: Path | None = None, layers: int = 8) -> None:
         "diffusers": diffusers.__version__,
         "cudnn": torch.backends.cudnn.version(),
         "git": git_commit(),
-        "layers": layers,
-        "of_layers": 40,
+        "layers": dict(case.layers),
+        "of_layers": case.of_layers(model),
         "timing": "CUDA events, median of two steps after one warm-up",
         "records": [],
     }
-    for record in measure(model, LATENT):
+    for record in measure(case, model):
         print(json.dumps(record), flush=True)
         result["records"].append(record)
         if out is not None:
             out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def build(sizes: dict, layers: int, device: str):
-    """A `WanTransformer3DModel` of random weights, in the dtypes that `from_pretrained(torch_dtype=bfloat16)` gives."""
-    from diffusers import WanTransformer3DModel
+def measure(
+    case: StepModel, model: nn.Module, *, backend: str | None = "inductor"
+) -> Iterator[dict]:
+    """Milliseconds and peak memory of each kind of step; `over_dense` is the fastest dense step's time over this one's.
 
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = WanTransformer3DModel(**sizes, num_layers=layers)
-    for name, parameter in model.named_parameters():
-        if not set(name.split(".")) & set(model._keep_in_fp32_modules):
-            parameter.data = parameter.data.to(torch.bfloat16)
-    return model.eval().requires_grad_(False)
+    `backend` compiles the blocks; None leaves them as they are.
 
-
-def measure(model, latent: tuple[int, ...], *, compiled: bool = True) -> Iterator[dict]:
-    """Milliseconds and peak memory of each kind of step; `over_dense` is the dense step's time over this one's."""
+    Raises:
+        RuntimeError: no dense step ran.
+    """
     device = next(model.parameters()).device
-    g = torch.Generator(device).manual_seed(0)
-    x = torch.randn(latent, device=device, dtype=torch.bfloat16, generator=g)
-    text = torch.randn(1, 512, model.config.text_dim, device=device, generator=g).bfloat16()
-    timesteps = iter(range(999, 0, -1))
-
-    def step() -> float:
-        timestep = torch.tensor([next(timesteps)], device=device)
-        return _elapsed_ms(
-            lambda: model(x, timestep, text, return_dict=False), synchronize=device.type == "cuda"
-        )
-
-    if compiled:
-        model.compile_repeated_blocks()
-    if device.type == "cuda":
-        model.set_attention_backend("_native_cudnn")
-    dense = None
-    for what, context in (("dense", contextlib.nullcontext()), ("no self-attention", _skipped())):
-        with context:
-            _reset_peak(device)
-            step()
-            ms = statistics.median([step(), step()])
-        dense = dense or ms
-        yield _record(what, None, ms, dense, device)
-        torch._dynamo.reset()
+    step = _stepper(case, model, device)
+    if backend is not None:
+        for block in _blocks(model):
+            block.compile(backend=backend)
+    dense, unavailable = [], {}
+    for name, kernel in DENSE.items():
+        if kernel is not None and device.type != "cuda":
+            continue
+        try:
+            with sdpa_kernel(kernel) if kernel is not None else contextlib.nullcontext():
+                record = _settled("dense", step, device) | {"kernel": name}
+        except RuntimeError as error:  # no such kernel for this mask, head size or device
+            unavailable[name] = str(error).splitlines()[0]
+            yield {"what": "dense", "kernel": name, "unavailable": unavailable[name]}
+            continue
+        finally:
+            torch._dynamo.reset()
+        dense.append(record["ms"])
+        yield record
+    if not dense:
+        raise RuntimeError(f"no dense step ran: {unavailable}")
+    best = min(dense)
+    with watch(model, _no_attention, method=Ladder(), schedule=Schedule()):
+        yield _over(best, _settled("no self-attention", step, device))
+    torch._dynamo.reset()
     with sparsediff.enable(model, Ladder(), schedule=Schedule()) as handle:
-        if compiled:
+        if backend is not None:
             # Whatever compiles does so at a timestep that nobody counts.
             step()
             handle.begin_generation()
         for density in DENSITIES:
             _reset_peak(device)
             choosing, _, *counted = (step() for _ in range(CALLS))
-            yield _record("sparse", density, statistics.median(counted), dense, device)
-            yield _record("sparse, choosing blocks", density, choosing, dense, device)
+            for what, ms in (
+                ("sparse", statistics.median(counted)),
+                ("sparse, choosing blocks", choosing),
+            ):
+                yield _over(best, _record(what, ms, device) | {"density": density})
         report = handle.report()
     yield {
         "what": "report",
+        "grid": report.grid,
         "backends": report.backends,
         "dense_calls": report.dense_calls,
         "densities": [step.density for step in report.steps],
     }
+
+
+def _stepper(case: StepModel, model: nn.Module, device: torch.device) -> Callable[[], float]:
+    """A function that runs one step at the next timestep and gives its milliseconds."""
+    g = torch.Generator(device).manual_seed(0)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, device=device, generator=g).bfloat16()
+
+    arguments = case.arguments(model, case.latent, random)
+    timesteps = iter(range(992, 0, -8))  # all different in bfloat16, too
+
+    def step() -> float:
+        timestep = torch.tensor(
+            [next(timesteps) * case.unit], device=device, dtype=case.timestep_dtype
+        )
+        return _elapsed_ms(
+            lambda: model(**arguments, timestep=timestep, return_dict=False),
+            synchronize=device.type == "cuda",
+        )
+
+    return step
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks that hold the eligible attention modules."""
+    lists = dict.fromkeys(blocks for blocks, _ in adapter_for(model).attention)
+    return [block for blocks in lists for block in getattr(model, blocks)]
+
+
+def _no_attention(call) -> Tensor:
+    """The values, copied: the projections of query and key are still computed."""
+    return call.value.clone()
+
+
+def _settled(what: str, step: Callable[[], float], device: torch.device) -> dict:
+    _reset_peak(device)
+    step()
+    return _record(what, statistics.median([step(), step()]), device)
+
+
+def _over(dense: float, record: dict) -> dict:
+    return record | {"over_dense": round(dense / record["ms"], 3)}
 
 
 def _elapsed_ms(run, *, synchronize: bool) -> float:
@@ -156,49 +209,11 @@ def _elapsed_ms(run, *, synchronize: bool) -> float:
     return start.elapsed_time(stop)
 
 
-@torch.library.custom_op("sparsediff::no_attention", mutates_args=())
-def _no_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The values.  Opaque, so that a compiler does not drop the projections of query and key."""
-    return value.clone()
-
-
-@_no_attention.register_fake
-def _(query, key, value):
-    return torch.empty_like(value)
-
-
-@contextlib.contextmanager
-def _skipped() -> Iterator[None]:
-    """Self-attention is a copy of its values."""
-    from diffusers.models.transformers import transformer_wan
-
-    stock = transformer_wan.dispatch_attention_fn
-
-    def dispatch(query, key, value, **options):
-        if query.shape == key.shape:
-            return _no_attention(query, key, value)
-        return stock(query, key, value, **options)
-
-    transformer_wan.dispatch_attention_fn = dispatch
-    try:
-        yield
-    finally:
-        transformer_wan.dispatch_attention_fn = stock
-
-
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 
-def _record(
-    what: str, density: float | None, ms: float, dense: float, device: torch.device
-) -> dict:
+def _record(what: str, ms: float, device: torch.device) -> dict:
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    return {
-        "what": what,
-        "density": density,
-        "ms": round(ms, 1),
-        "over_dense": round(dense / ms, 3),
-        "peak_gib": round(peak / 2**30, 2),
-    }
+    return {"what": what, "ms": round(ms, 1), "peak_gib": round(peak / 2**30, 2)}

@@ -107,9 +107,15 @@ def build_parser() -> argparse.ArgumentParser:
         "bench",
         help="check and time the attention kernels, or time a whole step, on this machine",
         description="kernels: check every kernel against float64, then time it beside dense attention and other "
-        "packages' kernels.  step: one denoising step of Wan 2.1 14B, dense and sparse.  A few minutes each on a GPU.",
+        "packages' kernels.  step: one denoising step of a model at full width (random weights, fewer layers), dense, sparse "
+        "and without self-attention.  A few minutes each on a GPU.",
     )
     bench.add_argument("what", choices=["kernels", "step"], help="what to measure")
+    bench.add_argument(
+        "--model",
+        default="wan-14b",
+        help="step: wan-14b, wan-2.2-5b, hunyuan-video, hunyuan-video-1.5, cogvideox-1.5, ltx-2, flux-2k or flux-4k",
+    )
     bench.add_argument("--out", type=Path, metavar="FILE.json", help="also write the results here")
     bench.set_defaults(run=_bench)
 
@@ -254,7 +260,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     if arguments.what == "step":
         from sparsediff.eval.bench_step import main as bench_step
 
-        bench_step(arguments.out)
+        bench_step(arguments.out, arguments.model)
         return
     if torch.cuda.is_available():
         from sparsediff.kernels.bench import main as bench
