@@ -7,11 +7,15 @@ Reads the mask back to the host.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+KINDS = 2  # masks of one forward: a model may have one for windowed and one for full layers
+KNOWN = 8  # sets of blocks that are told apart from new ones
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,3 +77,42 @@ def _any_in_block(x: Tensor, bq: int, bk: int) -> Tensor:
     rows, columns = x.shape[-2:]
     x = functional.pad(x, (0, -columns % bk, 0, -rows % bq), value=False)
     return x.unflatten(-1, (-1, bk)).any(-1).unflatten(-2, (-1, bq)).any(-2)
+
+
+class MaskReader:
+    """Reads each mask of a forward once, for all layers.
+
+    What shows the same blocks as before is the same `Visible.blocks`, so that layers need not compare them, for which
+    they would wait for the device.
+    """
+
+    def __init__(self) -> None:
+        self._read: deque[tuple[Tensor, tuple[int, int], Visible | str]] = deque(maxlen=KINDS)
+        self._known: deque[Tensor] = deque(maxlen=KNOWN)
+
+    def read(self, mask: Tensor, block_size: tuple[int, int]) -> Visible | str:
+        """`read_mask`, or why the mask cannot be served."""
+        for seen, size, visible in self._read:
+            if seen is mask and size == block_size:
+                return visible
+        try:
+            visible = self._like_before(read_mask(mask, block_size))
+        except ValueError as error:
+            visible = str(error)
+        self._read.append((mask, block_size, visible))
+        return visible
+
+    def forget(self) -> None:
+        """The forward is over: masks of the next are others, if by chance at the same place in memory."""
+        self._read.clear()
+
+    def _like_before(self, visible: Visible) -> Visible:
+        blocks = visible.blocks
+        if blocks is None:
+            return visible
+        for known in self._known:
+            same = known.device == blocks.device and known.shape == blocks.shape
+            if same and torch.equal(known, blocks):
+                return Visible(keys=visible.keys, blocks=known)
+        self._known.append(blocks)
+        return visible

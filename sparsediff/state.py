@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sparsediff import adapter as adapters
 from sparsediff.adapter import ModelAdapter
-from sparsediff.attention_mask import Visible, read_mask
+from sparsediff.attention_mask import MaskReader, Visible
 from sparsediff.block_mask import BlockMask, forced_blocks
 from sparsediff.calibration import Call
 from sparsediff.clock import Clock, Tick
@@ -35,14 +35,11 @@ from sparsediff.padding import Packing, pack_padding, valid_keys
 from sparsediff.processor import STATES
 from sparsediff.recorder import Recorder
 from sparsediff.schedule import UNKNOWN_STEPS, Schedule
-from sparsediff.slot import STATE_TARGET_BYTES, MaskSlot, slot_bytes
+from sparsediff.slot import Layout, MaskSlot, Slots
 from sparsediff.timing import mark
 from sparsediff.token_grid import TokenGrid, TokenOrder
 from sparsediff.witness import Witness, WitnessedCall
 
-# Guidance branches, or samples of one, whose masks are kept: more if contexts go unnamed outside a pipeline, or batches
-# are large where a model attends sample by sample.
-MAX_BRANCHES = 8
 MIN_BLOCKS = 4  # a sequence of fewer key blocks leaves nothing to choose
 # Dense attention of one call, below which a GPU waits for launches.  Measured on one H200: 1.8e11 operations (13,312
 # tokens, 4 heads of 64) ran at half the speed of dense, 6.6e12 (32,760 tokens, 12 heads of 128) as fast as predicted.
@@ -103,20 +100,21 @@ class RunState:
         # (guidance branch, step or None) while the pipeline is inside `model.cache_context`.
         self.context: tuple[str, int | None] | None = None
         self.wrappers: list = []
-        self._slots: OrderedDict[str, list[MaskSlot | None]] = OrderedDict()
+        self._slots = Slots(len(self.layers), method.name, recorder.warn)
         self._generation: int | None = None
         self._remembered: Mapping[str, object] = {}  # of the first call of the generation
         self._forward: _Forward | None = None
         self._calls_in_step: tuple[object, Counter] = (None, Counter())
         self._seen = Counter()  # how often each layer has come by in this forward
         self._linear_weights = adapter.linear_weights(model)
-        self._mask_read: tuple[Tensor | None, Visible | str] = (None, "")
+        self._masks = MaskReader()
         STATES[self.key] = self
 
     # -- events: eager Python, outside any compiled graph ---------------------------------------------------------
 
     def begin_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """The transformer is about to run."""
+        self._masks.forget()  # of a forward that failed
         arguments = adapters.bind_forward(model, args, kwargs)
         branch, step = self.context or (None, None)
         tick = self.clock.read(
@@ -182,13 +180,14 @@ class RunState:
             # No cache leaves layers out here: what did not come by ran unseen.
             for index in set(range(len(self.layers))) - self._seen.keys():
                 self.recorder.dense(self.layers[index], forward.tick.step, NOT_SEEN, warn=True)
-        self._mask_read = (None, "")
+        self._masks.forget()
         self.recorder.span(forward.tick.step, forward.started, mark(forward.device))
 
     def release(self) -> None:
         """Let go of the model and the masks; what was recorded stays."""
         self.modules, self.wrappers = [], []
         self._slots.clear()
+        self._forward, self._masks = None, MaskReader()
         STATES.pop(self.key, None)
 
     def _branch(self, tick: Tick, name: str | None) -> str:
@@ -348,10 +347,11 @@ class RunState:
             return "called outside the transformer's forward"
         if forward.grid is None:
             return forward.problem
-        kind, masked = self.adapter.padding_mask, attn_mask is not None
-        unread = masked and not self.adapter.reads_masks
-        if unread and (kind is None or valid_keys(attn_mask, kind) is None):
-            return self.adapter.mask_reason
+        if attn_mask is not None and not self.adapter.reads_masks:
+            kind, (batch, keys) = self.adapter.padding_mask, key.shape[:2]
+            valid = None if kind is None else valid_keys(attn_mask, kind)
+            if valid is None or valid.shape not in ((1, keys), (batch, keys)):
+                return self.adapter.mask_reason
         if is_causal:
             return "causal attention"
         if query.dtype not in DTYPES:
@@ -371,16 +371,10 @@ class RunState:
         return None
 
     def _visible(self, grid: TokenGrid, attn_mask: Tensor | None, key: Tensor) -> Visible | str:
-        """What the model's own mask shows of the keys, or why that cannot be served; one reading serves all layers."""
+        """What the model's own mask shows of the keys, or why that cannot be served."""
         visible = Visible(keys=key.shape[1])
         if attn_mask is not None and self.adapter.reads_masks:
-            read, visible = self._mask_read
-            if read is not attn_mask:
-                try:
-                    visible = read_mask(attn_mask, self.method.block_size(grid))
-                except ValueError as error:
-                    visible = str(error)
-                self._mask_read = (attn_mask, visible)
+            visible = self._masks.read(attn_mask, self.method.block_size(grid))
         if not isinstance(visible, str) and visible.keys != grid.num_tokens:
             return f"{visible.keys} keys, where the grid {grid} has {grid.num_tokens}"
         return visible
@@ -435,7 +429,16 @@ class RunState:
         if backend.name == "reference":
             return None, f"no fast kernel: {backend.reason}"
         order = method.order(site)
-        slot = self._slot(index, site, query, block_size, order)
+        layout = Layout(
+            grid=grid,
+            block_size=block_size,
+            order=order,
+            batch=query.shape[0],
+            heads=query.shape[2],
+            device=query.device,
+        )
+        wants_lse = method.keeps_lse(site)
+        slot = self._slots.slot(site.branch, index, layout, site.visible, wants_lse=wants_lse)
         choosing = method.refreshes(site, slot.refreshed_at)
         if dense_reason is not None or (
             choosing and method.searches_dense(site, slot.refreshed_at)
@@ -472,6 +475,8 @@ class RunState:
                     keep, forced, block_size, lengths, want_mask=visits == "descending"
                 )
                 slot.refreshed_at = site.step
+            if not wants_lse:
+                slot.lse = None
         # On the CPU reading the density costs nothing, and above break-even the exact result is also the faster one:
         # before the tokens that need not be moved have been.
         if (
@@ -561,63 +566,13 @@ class RunState:
             keep = method.keep_blocks(q, k, site, lse=lse)
             slot.store(keep, forced, block_size, lengths, want_mask=False)
         slot.refreshed_at = site.step
-        slot.lse = lse.half() if method.keeps_lse else None
+        keeps_lse = method.keeps_lse(site) and self._slots.has_room_for_lse(slot.layout)
+        slot.lse = lse.half() if keeps_lse else None
         return result.out
 
     @staticmethod
     def _undo(order: TokenOrder | None, slot: MaskSlot, grid: TokenGrid, out: Tensor) -> Tensor:
         return out if order is None else order.undo(grid, out, heads=slot.heads)[0]
-
-    def _slot(
-        self,
-        index: int,
-        site: AttentionSite,
-        query: Tensor,
-        block_size: tuple[int, int],
-        order: TokenOrder | None,
-    ) -> MaskSlot:
-        layers = self._slots.get(site.branch)
-        if layers is None:
-            layers = self._slots[site.branch] = [None] * len(self.layers)
-            if len(self._slots) > MAX_BRANCHES:
-                self._slots.popitem(last=False)
-        else:
-            self._slots.move_to_end(site.branch)
-        # A mask says nothing about tokens in another order, or about blocks that were hidden when it was made.
-        layout = (site.grid, block_size, order, query.shape[0], query.shape[2], query.device)
-        slot = layers[index]
-        if slot is None or slot.layout != layout or not _same(slot.visible, site.visible):
-            slot = layers[index] = MaskSlot(layout, site.visible)
-            self._tell_memory(query, site.grid.num_tokens, block_size)
-        return slot
-
-    def _tell_memory(self, query: Tensor, tokens: int, block_size: tuple[int, int]) -> None:
-        """Warn once of more memory than people expect masks to take."""
-        masks, lse = (
-            len(self.layers) * part
-            for part in slot_bytes(
-                query.shape[0],
-                query.shape[2],
-                (query.shape[1], tokens),
-                block_size,
-                keeps_lse=self.method.keeps_lse,
-            )
-        )
-        if (masks + lse) * len(self._slots) <= STATE_TARGET_BYTES:
-            return
-        what = (
-            f"{masks / 1e6:.0f} MB of masks in blocks of {block_size[0]} x {block_size[1]} tokens"
-        )
-        advice = []
-        if min(block_size) < 128:
-            advice.append("blocks of 128 take less")
-        if lse:
-            what += f" and {lse / 1e6:.0f} MB of log-sum-exps"
-            advice.append("searching once keeps no log-sum-exps")
-        self.recorder.warn(
-            f"{self.method.name} keeps {what} between steps, for each guidance branch"
-            + (f"; {', '.join(advice)}" if advice else "")
-        )
 
     def _record(
         self, index: int, site: AttentionSite, query: Tensor, density: Tensor, backend
@@ -639,7 +594,7 @@ class RunState:
 
     def state_bytes(self) -> int:
         """Memory held between steps."""
-        return sum(slot.nbytes for layers in self._slots.values() for slot in layers if slot)
+        return self._slots.nbytes
 
 
 @functools.lru_cache(maxsize=64)
@@ -654,10 +609,6 @@ def _everything(
     block_size: tuple[int, int], lengths: tuple[int, int], device: torch.device
 ) -> BlockMask:
     return BlockMask.full(block_size, lengths, device=device)
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
 def _scale(site: AttentionSite, query: Tensor) -> float:

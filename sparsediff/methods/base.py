@@ -57,6 +57,12 @@ class AttentionSite:
             return False
         return any(since < round(share * self.num_steps) <= self.step for share in shares)
 
+    def comes_before(self, shares: Sequence[float]) -> bool:
+        """Whether one of these shares of the steps is still to come; not if nobody knows how many there are."""
+        if self.num_steps is None:
+            return False
+        return any(self.step < round(share * self.num_steps) < self.num_steps for share in shares)
+
     def next_step(self) -> AttentionSite | None:
         """The same call one step later; None if nobody knows whether there is one."""
         if self.next_sigma is None:
@@ -83,8 +89,6 @@ class Method(ABC):
     looks_ahead: ClassVar[bool] = False
     # The attention kernel, by name; "auto" takes the best exact one.
     backend: ClassVar[str] = "auto"
-    # Whether the log-sum-exp of the first search is kept for later ones.
-    keeps_lse: ClassVar[bool] = False
 
     @property
     def needs_step_count(self) -> bool:
@@ -102,7 +106,7 @@ class Method(ABC):
         """Choose blocks afresh: `bool [B|1, H|1, Mq, Nk]`.
 
         `query`, `key` are `[B, S, H, D]` after RoPE and after `order`; `lse` is `float [B, H, S]` of the same rows, of
-        this call (after a dense search) or of an earlier one (`keeps_lse`).  Must not read anything back to the
+        this call (after a dense search) or of an earlier one (`keeps_lse`), if that was kept.  Must not read anything back to the
         host.  The caller adds what must stay: text rows and columns.  A row without any block gives zeros.
         """
 
@@ -124,6 +128,13 @@ class Method(ABC):
 
     def searches_dense(self, site: AttentionSite, last_refresh: int | None) -> bool:
         """Whether a call that chooses blocks is itself dense: exact output, `lse` for `keep_blocks`, mask from then on."""
+        return False
+
+    def keeps_lse(self, site: AttentionSite) -> bool:
+        """Whether a later search of this run would have the log-sum-exp of a dense one, made here or before.
+
+        It is kept only while it is small (`sparsediff.slot`); `keep_blocks` finds its own without.
+        """
         return False
 
     def vote_threshold(self, site: AttentionSite) -> float | None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsediff.attention_mask import read_mask
+from sparsediff.attention_mask import MaskReader, read_mask
 
 
 @st.composite
@@ -84,3 +84,37 @@ def test_a_mask_that_cuts_a_block_is_refused(case, data):
 def test_what_blocks_cannot_say_is_named(mask, message):
     with pytest.raises(ValueError, match=message):
         read_mask(mask, (4, 3))
+
+
+def test_a_reader_gives_equal_masks_the_same_blocks():
+    """Layers tell by identity, without waiting for the device, whether they see what they saw before."""
+    reader = MaskReader()
+    causal = torch.ones(8, 8).tril().bool().repeat_interleave(4, 0).repeat_interleave(4, 1)
+    first = reader.read(causal[None, None], (4, 4))
+    other = reader.read(causal[None, None, :, :24], (4, 4))
+    reader.forget()
+    again = reader.read(causal[None, None].clone(), (4, 4))
+    assert again.blocks is first.blocks
+    assert again.blocks is not other.blocks
+    coarser = reader.read(causal[None, None], (8, 4))
+    assert "cuts through blocks" in coarser
+
+
+def test_a_reader_looks_once_a_forward(monkeypatch):
+    """Two masks that layers use in turns are read twice in all; the same tensor in the next forward is read anew."""
+    from sparsediff import attention_mask
+
+    looked, real = [], attention_mask.read_mask
+    monkeypatch.setattr(
+        attention_mask, "read_mask", lambda *args: looked.append(args) or real(*args)
+    )
+    reader, full = MaskReader(), torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    shorter = full.clone()
+    shorter[..., 6:] = False
+    for _ in range(3):
+        assert reader.read(full, (4, 4)).keys == 8
+        assert reader.read(shorter, (4, 4)).keys == 6
+    assert len(looked) == 2
+    reader.forget()
+    shorter[..., 4:] = False
+    assert reader.read(shorter, (4, 4)).keys == 4

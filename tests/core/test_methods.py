@@ -1,6 +1,7 @@
 """Which blocks a method keeps, against slow implementations written from the papers' equations."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from sparsediff import (
 )
 from sparsediff.budget import head_percentile, row_top_k
 from sparsediff.methods import METHODS, build_method
-from sparsediff.slot import STATE_TARGET_BYTES, slot_bytes
+from sparsediff.slot import STATE_TARGET_BYTES, Layout, Slots, slot_bytes
 
 
 def needs_calibration(name):
@@ -177,13 +178,27 @@ def test_masks_of_wan_14b_at_720p_stay_under_their_target(name):
     grid, method = TokenGrid.video(21, 45, 80), build_method(name)
     lengths = (grid.num_tokens, grid.num_tokens)
     size = method.block_size(grid)
-    masks, lse = slot_bytes(1, 40, lengths, size, keeps_lse=method.keeps_lse)
+    masks, lse = slot_bytes(1, 40, lengths, size, keeps_lse=True)
     assert size == (128, 128)
     assert masks * 40 * 2 == 40 * 591 * 74 * 80 <= STATE_TARGET_BYTES
-    # AdaSpa's second search is the one thing that takes more, and it is told.
-    assert lse == (40 * 75_600 * 2 if name == "adaspa" else 0)
+    # AdaSpa's log-sum-exp would take more, so that its second search finds its own.
+    assert lse == 40 * 75_600 * 2
+    layout = Layout(
+        grid=grid, block_size=size, order=None, batch=1, heads=40, device=torch.device("cpu")
+    )
+    assert not Slots(40, name, warnings.warn).has_room_for_lse(layout)
+    assert Slots(7, name, warnings.warn).has_room_for_lse(layout)
     published = slot_bytes(1, 40, lengths, (64, 64), keeps_lse=False)[0]
     assert published * 40 * 2 > 3.9 * masks * 40 * 2
+
+
+def test_adaspa_keeps_its_log_sum_exp_while_a_search_is_to_come():
+    method = AdaSpa(search=(0.2, 0.5, 0.9))
+    for steps, last in ((10, 8), (4, 1), (1, -1), (None, -1)):
+        for step in range(steps or 3):
+            here = site(TokenGrid.video(1, 16, 16), step=step, num_steps=steps)
+            assert method.keeps_lse(here) == (step <= last)
+            assert not AdaSpa(search=(0.2,)).keeps_lse(here)
 
 
 def test_lists_are_cached_only_while_all_layers_together_are_small():

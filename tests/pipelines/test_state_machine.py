@@ -267,37 +267,71 @@ def test_the_vote_thins_between_looks_and_a_look_brings_back(pipe):
     assert density[0] == density[3] > density[2]
 
 
+def kept_by(pipe, method, steps=5):
+    """`(bytes of state, its log-sum-exps)` after every step."""
+    after = []
+    with sparsediff.enable(pipe, method) as handle:
+        state = handle.states[0]
+
+        def note(pipe, step, timestep, kwargs):
+            kept = [slot.lse for layers in state._slots.values() for slot in layers if slot]
+            after.append((state.state_bytes(), [x for x in kept if x is not None]))
+            return kwargs
+
+        generate(pipe, steps=steps, callback_on_step_end=note)
+        assert "kept between steps" in handle.summary()
+    return after
+
+
 def test_state_bytes_count_masks_and_log_sum_exp(pipe):
-    """Five rows of one byte and 40 bytes of index lists a head; 2 bytes a token for the log-sum-exp."""
-    held = {}
-    for searches in ((0.2, 0.6), (0.2,)):
-        with sparsediff.enable(pipe, AdaSpa(search=searches)) as handle:
-            generate(pipe)
-            state = handle.states[0]
-            held[searches] = state.state_bytes()
-            kept = [s.lse for layers in state._slots.values() for s in layers]
-            assert "kept between steps" in handle.summary()
-        if len(searches) == 1:
-            assert kept == [None] * 4
-        else:
-            assert {(x.dtype, tuple(x.shape)) for x in kept} == {(torch.float16, (1, 2, 320))}
-    assert held[(0.2, 0.6)] - held[(0.2,)] == LAYERS * BRANCHES * 2 * 320 * 2
-    assert held[(0.2,)] == LAYERS * BRANCHES * 2 * (5 + 5 * 5 * 4)
+    """Five rows of one byte and 40 bytes of index lists a head; 2 bytes a token for the log-sum-exp, until the last search."""
+    once, twice = (kept_by(pipe, AdaSpa(search=searches)) for searches in ((0.2,), (0.2, 0.6)))
+    masks = LAYERS * BRANCHES * 2 * (5 + 5 * 5 * 4)
+    assert [held for held, _ in once] == [0] + [masks] * 4
+    assert [len(kept) for _, kept in once] == [0] * 5
+    lse = LAYERS * BRANCHES * 2 * 320 * 2
+    assert [held for held, _ in twice] == [0] + [masks + lse] * 2 + [masks] * 2
+    assert {(x.dtype, tuple(x.shape)) for x in twice[1][1]} == {(torch.float16, (1, 2, 320))}
+
+
+def test_what_is_too_large_to_keep_is_found_again(pipe, looks, monkeypatch):
+    """A log-sum-exp that would take the state over its target: nobody is warned, and the second search does without."""
+    of_layer = sum(slot_bytes(1, 2, (320, 320), (64, 64), keeps_lse=True))
+    monkeypatch.setattr("sparsediff.slot.STATE_TARGET_BYTES", LAYERS * BRANCHES * of_layer - 1)
+    after = kept_by(pipe, AdaSpa())
+    assert [kept for _, kept in after] == [[]] * 5
+    assert [(step, known) for layer, step, known in looks if layer == 0] == [(1, True), (3, False)]
+    # Two clips at once decide as each of them would alone.
+    looks.clear()
+    monkeypatch.setattr("sparsediff.slot.STATE_TARGET_BYTES", LAYERS * BRANCHES * of_layer)
+    told = pytest.warns(RuntimeWarning, match="MB of log-sum-exps between steps")
+    with sparsediff.enable(pipe, AdaSpa()), told:
+        generate(pipe, steps=5, num_videos_per_prompt=2)
+    assert [(step, known) for layer, step, known in looks if layer == 0] == [(1, True), (3, True)]
 
 
 def test_more_memory_than_a_run_should_keep_is_told_once(pipe, monkeypatch):
     """Both guidance branches count, and what is told beforehand is what is kept."""
-    of_layer = sum(slot_bytes(1, 2, (320, 320), (64, 64), keeps_lse=True))
-    with sparsediff.enable(pipe, AdaSpa()) as handle:
+    of_layer, _ = slot_bytes(1, 2, (320, 320), (64, 64), keeps_lse=False)
+    with sparsediff.enable(pipe, SparseD()) as handle:
         generate(pipe)
         assert handle.states[0].state_bytes() == LAYERS * BRANCHES * of_layer
-    said = "blocks of 64 x 64 tokens and 0 MB of log-sum-exps between steps, for each guidance branch; blocks of 128"
-    monkeypatch.setattr("sparsediff.state.STATE_TARGET_BYTES", LAYERS * BRANCHES * of_layer - 1)
-    with sparsediff.enable(pipe, AdaSpa()):
+    said = "blocks of 64 x 64 tokens between steps, for each guidance branch; blocks of 128"
+    monkeypatch.setattr("sparsediff.slot.STATE_TARGET_BYTES", LAYERS * BRANCHES * of_layer - 1)
+    with sparsediff.enable(pipe, SparseD()):
         with pytest.warns(RuntimeWarning, match=said) as told:
             generate(pipe)
         assert len(told) == 1
         generate(pipe)
+
+
+def test_more_branches_than_are_kept_are_told_once(pipe, monkeypatch):
+    monkeypatch.setattr("sparsediff.slot.MAX_BRANCHES", 1)
+    with sparsediff.enable(pipe, Custom(block=64), schedule=Schedule()) as handle:
+        with pytest.warns(RuntimeWarning, match="more than 1 guidance branches") as told:
+            generate(pipe)
+        assert len(told) == 1
+        assert set(handle.states[0]._slots) == {"uncond"}
 
 
 EVERY_METHOD = [
