@@ -84,10 +84,10 @@ def _backend(
             f"sparsediff takes attention masks that are tensors, got {type(attn_mask).__name__}: switch the model's own "
             "sparse attention off, or call sparsediff.disable(pipe)"
         )
-    # The operation has no backward, so calls that need one keep the stock path (RunState counts them).
-    if torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad
-    ):
+    # The operation has no backward and no dropout, so calls that need one keep the stock path (RunState counts
+    # gradients; no stock processor drops anything).
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if gradients or dropout_p:
         return dispatch_attention_fn(
             query,
             key,
@@ -156,6 +156,7 @@ class SparseProcessor:
     def __init__(self, original: object, state_key: int, layer: int) -> None:
         self.original = original
         self.layer = torch.tensor([state_key, layer])
+        self.live = True
 
     def attach(self, module: nn.Module) -> None:
         """Take the place of the stock processor."""
@@ -163,6 +164,7 @@ class SparseProcessor:
 
     def detach(self, module: nn.Module) -> bool:
         """Give it back; False if somebody has put another processor in place of ours, who is left alone."""
+        self.live = False
         stock = self.restore()
         if module.processor is self:
             module.processor = stock
@@ -257,6 +259,8 @@ def wrap_processor(stock: object, state_key: int, layer: int) -> SparseProcessor
 def _wrapper_class(stock_class: type) -> type[SparseProcessor]:
     @functools.wraps(stock_class.__call__)
     def dispatching(self, *args, **kwargs):
+        if not self.live:  # somebody wrapped it since, and still calls it
+            return self.original(*args, **kwargs)
         channel = _channel()
         channel.layer, channel.user_backend = self.layer, self.user_backend
         try:
@@ -266,6 +270,8 @@ def _wrapper_class(stock_class: type) -> type[SparseProcessor]:
 
     @functools.wraps(stock_class.__call__)
     def catching(self, *args, **kwargs):
+        if not self.live:
+            return self.original(*args, **kwargs)
         with self.catch:
             return self.stock(*args, **kwargs)
 
