@@ -89,7 +89,7 @@ class Page:
                     self.run = gr.Button("Generate both", variant="primary", elem_id="run", scale=4)  # fmt: skip
                     self.cancel = gr.Button("Cancel", elem_id="cancel", scale=1, min_width=90, interactive=False)  # fmt: skip
                 build_more(self.form)
-            with gr.Column(scale=8, min_width=320):
+            with gr.Column(scale=8, min_width=320, elem_classes="sd-results"):
                 self.meter = gr.HTML(elem_id="meter")
                 self.result = gr.HTML(elem_id="result")
 
