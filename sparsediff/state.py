@@ -28,10 +28,10 @@ from sparsediff.attention_mask import MaskReader, Visible
 from sparsediff.block_mask import BlockMask, forced_blocks
 from sparsediff.calibration import Call
 from sparsediff.clock import Clock, Tick
-from sparsediff.kernels.attention import CPU_BREAK_EVEN, DTYPES, run_backend, select_backend
+from sparsediff.eligibility import packing_of, why_not_sparse
+from sparsediff.kernels.attention import CPU_BREAK_EVEN, run_backend, select_backend
 from sparsediff.methods import AttentionSite, Method
 from sparsediff.methods.base import uncalibrated
-from sparsediff.padding import Packing, pack_padding, valid_keys
 from sparsediff.processor import STATES
 from sparsediff.recorder import Recorder
 from sparsediff.schedule import UNKNOWN_STEPS, Schedule
@@ -40,7 +40,6 @@ from sparsediff.timing import mark
 from sparsediff.token_grid import TokenGrid, TokenOrder
 from sparsediff.witness import Witness, WitnessedCall
 
-MIN_BLOCKS = 4  # a sequence of fewer key blocks leaves nothing to choose
 # Dense attention of one call, below which a GPU waits for launches.  Measured on one H200: 1.8e11 operations (13,312
 # tokens, 4 heads of 64) ran at half the speed of dense, 6.6e12 (32,760 tokens, 12 heads of 128) as fast as predicted.
 LAUNCH_BOUND_FLOP = 1e12
@@ -222,19 +221,12 @@ class RunState:
     ) -> Tensor:
         """Attention of layer `index`; `[B, S, H, D]` in and out."""
         self._seen[index] += 1
+        call = {"attn_mask": attn_mask, "is_causal": is_causal, "enable_gqa": enable_gqa}
 
         def dense() -> Tensor:
-            return self.wrappers[index].dense(
-                query,
-                key,
-                value,
-                attn_mask=attn_mask,
-                scale=scale,
-                is_causal=is_causal,
-                enable_gqa=enable_gqa,
-            )
+            return self.wrappers[index].dense(query, key, value, scale=scale, **call)
 
-        reason, warn = self._dense_reason(index, query, key, attn_mask, is_causal, enable_gqa), True
+        reason, warn = self._dense_reason(index, query, key, value, **call), True
         if reason is None:
             visible = self._visible(self._grid(index, query), attn_mask, key)
             reason = visible if isinstance(visible, str) else None
@@ -244,7 +236,7 @@ class RunState:
             warn = reason == UNKNOWN_STEPS
             choosing = reason is None or self._looks_ahead(site)
             if choosing or self.observer is not None:
-                packing = self._packing(site.grid, attn_mask, len(query))
+                packing = packing_of(self.adapter, site.grid, attn_mask, len(query))
                 site = replace(site, grid=packing.grid, kv_lengths=packing.lengths)
                 seen = (x[:, : visible.keys] for x in (key, value))
                 packed = packing.pack(query, *seen)
@@ -291,13 +283,6 @@ class RunState:
 
         return self.observer(Call(site, query, key, value, dense, sparse if choosing else None))
 
-    def _packing(self, grid: TokenGrid, attn_mask: Tensor | None, batch: int) -> Packing:
-        """What hides the keys that a mask hides; `_dense_reason` has understood the mask."""
-        if attn_mask is None or self.adapter.reads_masks:
-            return Packing(grid=grid)
-        valid = valid_keys(attn_mask, self.adapter.padding_mask)
-        return pack_padding(grid, valid, batch, last=self.adapter.pads_last)
-
     def _record_dense(self, index: int, reason: str, *, warn: bool) -> None:
         step = self._forward.tick.step if self._forward else 0
         self.recorder.dense(self.layers[index], step, reason, warn=warn)
@@ -332,43 +317,15 @@ class RunState:
             )
         )
 
-    def _dense_reason(
-        self,
-        index: int,
-        query: Tensor,
-        key: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        enable_gqa: bool,
-    ) -> str | None:
+    def _dense_reason(self, index: int, *tensors: Tensor, **call: object) -> str | None:
         """Why the method cannot even be asked."""
         forward = self._forward
         if forward is None:
             return "called outside the transformer's forward"
         if forward.grid is None:
             return forward.problem
-        if attn_mask is not None and not self.adapter.reads_masks:
-            kind, (batch, keys) = self.adapter.padding_mask, key.shape[:2]
-            valid = None if kind is None else valid_keys(attn_mask, kind)
-            if valid is None or valid.shape not in ((1, keys), (batch, keys)):
-                return self.adapter.mask_reason
-        if is_causal:
-            return "causal attention"
-        if query.dtype not in DTYPES:
-            return f"{str(query.dtype).removeprefix('torch.')} tensors"
-        grid = self._grid(index, query)
-        grouped = enable_gqa and query.shape[2] % key.shape[2] == 0
-        fit = query.shape[3] == key.shape[3] and (grouped or query.shape[2] == key.shape[2])
-        if not fit or (grid.queries is None and query.shape[1] != key.shape[1]):
-            return f"queries {list(query.shape[1:])} and keys {list(key.shape[1:])} differ in shape"
-        if query.shape[1] != grid.num_queries:
-            return f"a sequence of {query.shape[1]} tokens, where the grid {grid} has {grid.num_queries}"
-        block = self.method.block_size(grid)[1]
-        if -(-grid.num_tokens // block) < MIN_BLOCKS:
-            return (
-                f"{grid.num_tokens} tokens are too few: fewer than {MIN_BLOCKS} blocks of {block}"
-            )
-        return None
+        grid = self._grid(index, tensors[0])
+        return why_not_sparse(self.adapter, self.method, grid, *tensors, **call)
 
     def _visible(self, grid: TokenGrid, attn_mask: Tensor | None, key: Tensor) -> Visible | str:
         """What the model's own mask shows of the keys, or why that cannot be served."""
