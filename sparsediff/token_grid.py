@@ -268,7 +268,7 @@ def _head_rows(heads: tuple[int, ...] | None, device: str) -> Tensor | None:
 
 
 def _is_box(window: object) -> bool:
-    sizes = window if isinstance(window, tuple | list) else ()
+    sizes = window if isinstance(window, tuple) else ()  # hashable: orders are keys of caches
     return len(sizes) == 3 and all(isinstance(n, int) and n >= 1 for n in sizes)
 
 

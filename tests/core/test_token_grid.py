@@ -120,6 +120,7 @@ def test_grids_differ_with_the_meaning_of_a_position():
         (lambda: TokenGrid.video(0, 3, 4), "at least one token"),
         (lambda: TokenOrder(()), "at least one"),
         (lambda: TokenOrder(((1, 0, 4),)), "three sizes >= 1"),
+        (lambda: TokenOrder(([1, 8, 4],)), "three sizes >= 1"),
         (lambda: TokenOrder(("FWW",)), "an order of the axes"),
         (
             lambda: TokenOrder(((1, 1, 4), (1, 2, 2))).apply(
