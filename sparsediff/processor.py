@@ -272,6 +272,9 @@ def _wrapper_class(stock_class: type) -> type[SparseProcessor]:
     def catching(self, *args, **kwargs):
         if not self.live:
             return self.original(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            state_key, index = self.layer.tolist()
+            STATES[state_key].entered.add(index)
         with self.catch:
             return self.stock(*args, **kwargs)
 

@@ -44,6 +44,10 @@ from sparsediff.witness import Witness, WitnessedCall
 # tokens, 4 heads of 64) ran at half the speed of dense, 6.6e12 (32,760 tokens, 12 heads of 128) as fast as predicted.
 LAUNCH_BOUND_FLOP = 1e12
 
+NOT_CAUGHT = (
+    "the layer's attention is not PyTorch's scaled_dot_product_attention, and could not be caught: leave "
+    "attention_backend(...), or unset DIFFUSERS_ATTN_BACKEND"
+)
 NOT_SEEN = (
     "the layer made no call of scaled_dot_product_attention that could be caught: load the model with "
     "attn_implementation='sdpa' and call eval() on it"
@@ -105,6 +109,8 @@ class RunState:
         self._forward: _Forward | None = None
         self._calls_in_step: tuple[object, Counter] = (None, Counter())
         self._seen = Counter()  # how often each layer has come by in this forward
+        # layers that ran their stock code in this forward, where that has to be caught; eager calls only
+        self.entered: set[int] = set()
         self._linear_weights = adapter.linear_weights(model)
         self._masks = MaskReader()
         STATES[self.key] = self
@@ -143,7 +149,7 @@ class RunState:
             used.check_grid(grid)
         # Not the weights' device: under offloading they are still on the CPU here.
         device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
-        self._seen = Counter()
+        self._seen, self.entered = Counter(), set()
         self._forward = _Forward(
             tick=tick,
             branch=self._branch(tick, branch),
@@ -169,18 +175,21 @@ class RunState:
         forward, self._forward = self._forward, None
         if forward is None:
             return
+        everything = set(range(len(self.layers)))
         if forward.gradients:
             # Calls that need gradients never reach `attend`; what did not come by took the stock path.
-            for index in set(range(len(self.layers))) - self._seen.keys():
-                self.recorder.dense(
-                    self.layers[index], forward.tick.step, "gradients are on", warn=True
-                )
+            self._record_unseen(everything, forward, "gradients are on")
         elif self.adapter.modality == "text":
             # No cache leaves layers out here: what did not come by ran unseen.
-            for index in set(range(len(self.layers))) - self._seen.keys():
-                self.recorder.dense(self.layers[index], forward.tick.step, NOT_SEEN, warn=True)
+            self._record_unseen(everything, forward, NOT_SEEN)
+        else:
+            self._record_unseen(self.entered, forward, NOT_CAUGHT)
         self._masks.forget()
         self.recorder.span(forward.tick.step, forward.started, mark(forward.device))
+
+    def _record_unseen(self, layers: set[int], forward: _Forward, reason: str) -> None:
+        for index in sorted(layers - self._seen.keys()):
+            self.recorder.dense(self.layers[index], forward.tick.step, reason, warn=True)
 
     def release(self) -> None:
         """Let go of the model and the masks; what was recorded stays."""

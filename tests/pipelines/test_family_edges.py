@@ -10,6 +10,7 @@ import sparsediff
 from sparsediff import Custom, Schedule
 from sparsediff.adapter import ADAPTERS, adapter_for
 from sparsediff.pipelines.packed import runs, volume_beside
+from sparsediff.state import NOT_CAUGHT
 
 FAMILIES = {family.name: family for family in all_families()}
 EVERYTHING = Custom(density=1.0, block=32, search="sparse")
@@ -123,6 +124,22 @@ def test_a_backend_that_hides_attention_is_refused():
     with attention_backend("flex"), pytest.raises(ValueError, match="flex"):
         enabled(pipe)
     enabled(pipe).disable()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_backend_that_hides_attention_later_is_told():
+    from diffusers.models.attention_dispatch import attention_backend
+
+    family = FAMILIES["cosmos"]
+    pipe = family.pipeline()
+    with enabled(pipe) as handle:
+        with attention_backend("flex"), pytest.warns(RuntimeWarning, match="could not be caught"):
+            family.run(pipe)
+        report = handle.report()
+        assert report.density == 1
+        assert list(report.dense_calls) == [NOT_CAUGHT]
+        family.run(pipe)
+        assert NOT_CAUGHT not in handle.report().dense_calls
 
 
 def test_masks_that_are_no_tensors_are_refused():
