@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,25 +34,40 @@ class Record:
         studio: whose pipeline ran.
         folder: where they go.
         request: what was generated.
-        metrics, notes: what can be measured here, and what cannot be.
+        metrics: what can be measured here.
+        blanks: name of each arm -> its result before the first clip.
     """
 
     studio: Studio
     folder: Path
     request: Request
     metrics: tuple[str, ...]
-    notes: tuple[str, ...]
+    blanks: dict[str, ArmResult]
 
     @classmethod
-    def begin(cls, studio: Studio, request: Request) -> Record:
-        """An empty folder."""
+    def begin(cls, studio: Studio, request: Request, arms: Sequence[Arm]) -> Record:
+        """An empty folder.  The caller has its turn: what is noted of the pipeline is noted of the stock one."""
         possible, notes = choose(None, (request.height, request.width), request.frames)
+        metrics = tuple(name for name in METRICS if name in possible)
+        call = request.arguments()
+        for name in ("prompt", "generator", "output_type"):
+            del call[name]
+        shared = {
+            "suite": Suite(
+                name="demo", version="1", prompts=(request.prompt,), seeds=(request.seed,)
+            ),
+            "call": call,
+            "configuration": configuration(studio.pipe, metrics, repeats=1),
+            "model": studio.model,
+            "fps": FPS,
+            "notes": tuple(note for note in notes if "LPIPS" in note),
+        }
         return cls(
             studio=studio,
             folder=studio.new_folder(),
             request=request,
-            metrics=tuple(name for name in METRICS if name in possible),
-            notes=tuple(note for note in notes if "LPIPS" in note),
+            metrics=metrics,
+            blanks={arm.name: blank_arm(arm, studio.pipe, **shared) for arm in (DENSE, *arms)},
         )
 
     def add_dense(self, made: Made) -> None:
@@ -82,20 +98,4 @@ class Record:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_mp4(path, made.video, FPS)
         clip = dataclasses.replace(clip, video=path.relative_to(self.folder).as_posix())
-        save_arm(self.folder, dataclasses.replace(self._blank(arm), clips=(clip,)))
-
-    def _blank(self, arm: Arm) -> ArmResult:
-        call = self.request.arguments()
-        for name in ("prompt", "generator", "output_type"):
-            del call[name]
-        seeds, prompts = (self.request.seed,), (self.request.prompt,)
-        return blank_arm(
-            arm,
-            self.studio.pipe,
-            suite=Suite(name="demo", version="1", prompts=prompts, seeds=seeds),
-            call=call,
-            configuration=configuration(self.studio.pipe, self.metrics, repeats=1),
-            model=self.studio.model,
-            fps=FPS,
-            notes=self.notes,
-        )
+        save_arm(self.folder, dataclasses.replace(self.blanks[arm.name], clips=(clip,)))

@@ -116,11 +116,11 @@ def comparison(studio: Studio, settings: Settings) -> Callable[[Job], None]:
         progress = Progress(job, runs=1 if asked.request in studio.dense else 2)
         with studio.turns.turn(job, progress.waiting):
             check_arms(studio.pipe, [arm])  # before the dense run, not after it
+            record = Record.begin(studio, asked.request, [arm])
             dense = _dense(studio, job, asked.request, progress)
             progress.begin("Sparse", arm.label)
             run = studio.run_sparse(job, asked.request, arm, dense, progress.step)
         progress.say("comparing the clips")
-        record = Record.begin(studio, asked.request)
         record.add_dense(dense)
         record.add_sparse(arm, run, dense)
         job.check()
@@ -142,8 +142,8 @@ def all_methods(studio: Studio, settings: Settings) -> Callable[[Job], None]:
         progress = Progress(job, runs=len(arms) + (asked.request not in studio.dense))
         with studio.turns.turn(job, progress.waiting):
             check_arms(studio.pipe, arms)
+            record = Record.begin(studio, asked.request, arms)
             dense = _dense(studio, job, asked.request, progress)
-        record = Record.begin(studio, asked.request)
         record.add_dense(dense)
         for arm in arms:
             with studio.turns.turn(job, progress.waiting):
