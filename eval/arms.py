@@ -13,6 +13,7 @@ from sparsediff.api import Handle, with_calibration
 from sparsediff.calibration import Calibration
 from sparsediff.eval.dense_backends import attention_backend
 from sparsediff.eval.literals import parse_settings, split_outside_brackets
+from sparsediff.eval.random_blocks import Random
 from sparsediff.eval.results import Role
 from sparsediff.methods import (  # fmt: skip
     AdaSpa,
@@ -169,8 +170,6 @@ def _custom_density(parameters: dict[str, object]) -> float | None:
 
 
 def _random(parameters: dict[str, object]) -> Method:
-    from sparsediff.eval.study import Random
-
     known = [f.name for f in fields(Random)]
     if unknown := [n for n in parameters if n not in known]:
         raise ValueError(

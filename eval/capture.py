@@ -27,10 +27,15 @@ from sparsediff.eval.captured import Capture, CapturedCall
 from sparsediff.kernels.block_scores import block_mass
 from sparsediff.witness import WitnessedCall
 
-__all__ = ["Capture", "CapturedCall", "capture"]
+__all__ = ["Capture", "CaptureTooLargeError", "CapturedCall", "capture"]
 
 MAX_BYTES = 256 << 20
+
 REMEDY = "choose fewer layers=, steps=, heads= or branches=, leave scores out, or raise max_bytes="
+
+
+class CaptureTooLargeError(ValueError):
+    """What was chosen cannot fit into `max_bytes`."""
 
 
 @contextlib.contextmanager
@@ -59,7 +64,8 @@ def capture(
             turns out too large stops the recording with a warning, never the run.
 
     Raises:
-        ValueError: a disabled handle, one that is being captured, an unknown layer or head, or too little `max_bytes`.
+        ValueError: a disabled handle, one that is being captured, or an unknown layer or head.
+        CaptureTooLargeError: too little `max_bytes`.
     """
     recorder = _Recorder(
         wanted=_layer_names(handle, layers),
@@ -213,7 +219,7 @@ class _Recorder:
             need += call.bitmap.shape[0] * heads * rows * -(-columns // 8)
         need *= len(self.wanted)
         if need > self.max_bytes:
-            raise ValueError(
+            raise CaptureTooLargeError(
                 f"capturing {len(self.wanted)} layers takes at least {need / 2**20:.0f} MiB, more than "
                 f"max_bytes ({self.max_bytes / 2**20:.0f} MiB); {REMEDY}"
             )

@@ -215,8 +215,8 @@ def _compare(arguments: argparse.Namespace) -> None:
         metric = METRICS[name]
         value = f"{both.clip[name]:.4f} {metric.unit}".strip()
         if name in alone.clip:
-            value += f", the reference's is {alone.clip[name]:.4f}"
-        print(f"  {metric.label:<14}{value:<26} {metric.meaning}")
+            value += f" (reference: {alone.clip[name]:.4f})"
+        print(f"  {metric.label:<14}{value:<44}{metric.meaning}")
     for note in notes:
         print(f"  {note}")
     if arguments.out is not None:

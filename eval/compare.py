@@ -114,7 +114,7 @@ def compare(
     """
     # Refuse what cannot run sparse before the dense run, not after it.
     sparsediff.enable(pipe, method, schedule=schedule, **method_params).disable()
-    warm_up(pipe, request.arguments())
+    warm_up(pipe, request.arguments(), decode=True)
     dense = generate(pipe, request.arguments())
     with sparsediff.enable(pipe, method, schedule=Schedule(dense_steps=1), **method_params):
         warm_up(pipe, request.arguments())  # the first sparse call compiles kernels

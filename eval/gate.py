@@ -24,7 +24,7 @@ def gate(
         limits: for every arm.
         arms: identifiers or labels of those to hold to them; none: every method.
         confident: hold the worse end of the 95 % interval to the limit, not the mean.
-        heed_checks: a failed self-check fails the gate too.
+        heed_checks: a failed self-check fails the gate too, and so does one that was never made.
 
     Raises:
         ValueError: no limits, an arm that is not there, or no arm at all.
@@ -39,6 +39,7 @@ def gate(
         for limit in limits
         if (problem := _problem(summary, limit, confident))
     ]
+    problems += [p for s in chosen if (p := _unfinished(results, s.arm, heed_checks))]
     if heed_checks:
         names = {s.arm for s in chosen} | {a.arm for a in results.arms if a.role == "dense"}
         problems += [
@@ -63,6 +64,19 @@ def _chosen(results: Results, arms: Sequence[str]) -> list[ArmSummary]:
         names = ", ".join(s.arm for s in summaries)
         raise ValueError(f"no arm {missing[0]!r} with clips; there are {names}")
     return [known[a] for a in arms]
+
+
+def _unfinished(results: Results, name: str, heed_checks: bool) -> str | None:
+    """An interrupted run has figures of its first prompts only, and no self-checks yet."""
+    arm, dense = results.arm(name), results.dense
+    owed = 0 if dense is None else sum(arm.clip(clip.key) is None for clip in dense.clips)
+    if owed:
+        what = f"{owed} of {len(dense.clips)} clips are missing"
+    elif heed_checks and not arm.checks:
+        what = "its self-checks were never made"
+    else:
+        return None
+    return f"{arm.label}: the run is unfinished, {what}; the same `sparsediff eval run` goes on with it"
 
 
 def _problem(summary: ArmSummary, limit: Limit, confident: bool) -> str | None:

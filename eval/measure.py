@@ -119,10 +119,15 @@ def generate(
     )
 
 
-def warm_up(pipe: object, arguments: dict[str, object]) -> float:
-    """Run few steps whose time nobody counts, without a progress bar; returns their seconds."""
+def warm_up(pipe: object, arguments: dict[str, object], *, decode: bool = False) -> float:
+    """Run few steps whose time nobody counts, without a progress bar; returns their seconds.
+
+    `decode`: the frames too, so that the decoder's first run is not counted either.
+    """
     started = time.perf_counter()
-    few = {"num_inference_steps": WARM_UP_STEPS, "output_type": "latent"}
+    few: dict[str, object] = {"num_inference_steps": WARM_UP_STEPS}
+    if not decode:
+        few["output_type"] = "latent"
     with step_bar(pipe, shown=False):
         pipe(**{**arguments, **few})
         wait(pipe._execution_device)

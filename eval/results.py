@@ -21,6 +21,7 @@ from sparsediff.eval.typed_json import decode, encode
 
 SCHEMA_VERSION = 1
 ARMS, CLIPS, CAPTURES = "arms", "clips", "captures"
+DAMAGED = "delete that file and run the evaluation again, which makes only its clips anew"
 
 # dense: the stock pipeline, which every other arm is compared with.  dense-best: the fastest exact dense attention
 # backend of this machine.  sparse: a method.  random: blocks drawn at the density of a method, its floor.
@@ -277,12 +278,14 @@ class ArmResult:
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{source} is no JSON (line {error.lineno}: {error.msg})") from None
+            raise ValueError(
+                f"{source} is no JSON (line {error.lineno}: {error.msg}): {DAMAGED}"
+            ) from None
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:
             raise ValueError(
                 f"{source} has results of schema {version!r}, this sparsediff reads {SCHEMA_VERSION}; "
-                "run the evaluation again, or read it with the version that wrote it"
+                "run the evaluation again with another --out, or read it with the version that wrote it"
             )
         return decode(cls, data, source)
 
@@ -379,7 +382,11 @@ def save_arm(folder: Path, result: ArmResult) -> Path:
 
 def load_arm(path: Path) -> ArmResult:
     """Read one arm; see `ArmResult.from_json`."""
-    return ArmResult.from_json(path.read_text(encoding="utf-8"), source=str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text: {DAMAGED}") from None
+    return ArmResult.from_json(text, source=str(path))
 
 
 def load_results(folder: str | Path) -> Results:
@@ -387,9 +394,14 @@ def load_results(folder: str | Path) -> Results:
 
     Raises:
         FileNotFoundError: no results there.
+        NotADirectoryError: a file.
         ValueError: a damaged file, or arms that do not belong together.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"{folder} is a file; give the folder that `sparsediff eval run --out` wrote"
+        )
     paths = sorted((folder / ARMS).glob("*.json"))
     if not paths:
         raise FileNotFoundError(

@@ -8,6 +8,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from sparsediff.api import model_layout
 from sparsediff.calibrator import model_name, weight_marks
 from sparsediff.eval.arms import Arm
@@ -43,7 +45,7 @@ class RunFolder:
     def __init__(self, folder: str | Path, blanks: list[ArmResult]) -> None:
         self.folder = Path(folder)
         (self.folder / ARMS).mkdir(parents=True, exist_ok=True)
-        self.notes: list[str] = []
+        self._git_hash = blanks[0].git_hash
         stored = {a.arm: a for a in map(load_arm, sorted((self.folder / ARMS).glob("*.json")))}
         self.arms = {blank.arm: self._resume(blank, stored.get(blank.arm)) for blank in blanks}
         for other in stored.values():
@@ -64,7 +66,12 @@ class RunFolder:
 
     def add(self, arm: str, clip: ClipResult) -> None:
         """Write a finished clip."""
-        self.update(arm, clips=replace_clip(self.arms[arm], clip).clips)
+        before = self.arms[arm]
+        changes: dict[str, object] = {"clips": replace_clip(before, clip).clips}
+        if before.git_hash != self._git_hash:
+            note = f"clips were made at the commits {before.git_hash} and {self._git_hash}"
+            changes |= {"git_hash": self._git_hash, "notes": (*before.notes, note)}
+        self.update(arm, **changes)
 
     def update(self, arm: str, **changes: object) -> None:
         """Write changed fields of an arm."""
@@ -80,7 +87,10 @@ class RunFolder:
         path, clip = self.reference_path(key), self.arms[dense].clip(key)
         if clip is None or not path.is_file():
             return None
-        return Reference.load(path, clip.frames_sha256)
+        try:
+            return Reference.load(path, clip.frames_sha256)
+        except (SafetensorError, KeyError):  # damaged: the dense clip is made again
+            return None
 
     def drop_reference(self, key: tuple[str, int]) -> None:
         """All arms have this clip."""
@@ -109,11 +119,6 @@ class RunFolder:
             raise ValueError(
                 f"{self.folder} holds clips of {blank.arm} that were made with another {', '.join(differ)}; "
                 "choose another --out, or remove the folder to start over"
-            )
-        if stored.git_hash != blank.git_hash:
-            note = f"clips were made at the commits {stored.git_hash} and {blank.git_hash}"
-            stored = dataclasses.replace(
-                stored, git_hash=blank.git_hash, notes=(*stored.notes, note)
             )
         return stored
 

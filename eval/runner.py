@@ -177,6 +177,9 @@ class _Run:
                 if not missing:
                     continue
                 reference = self._reference(key, bar, missing)
+                # Here and not where the clip is made: an interrupt may have come between the two.
+                if self.folder.arms[DENSE.name].repeat is None:
+                    self.folder.update(DENSE.name, repeat=self._repeat(key, reference))
                 rest = [name for name in missing if name != DENSE.name]
                 turn = number % max(1, len(rest))
                 for name in rest[turn:] + rest[:turn]:
@@ -243,8 +246,6 @@ class _Run:
         clip = self._result(DENSE, key, runs, (), None)
         reference.save(self.folder.reference_path(key))
         self._write(DENSE.name, clip, runs[0])
-        if self.folder.arms[dense].repeat is None:
-            self.folder.update(dense, repeat=self._repeat(key, reference))
         bar.update()
         return reference
 
@@ -259,7 +260,8 @@ class _Run:
         """The clip as often as it is to be timed, after one that is not."""
         if arm.name not in self.warm:
             with arm.entered(self.pipe, schedule=Schedule(dense_steps=1)):
-                seconds = warm_up(self.pipe, self._arguments(key))
+                # The first call of a process decodes as well: no clip's time may hold the decoder's first run.
+                seconds = warm_up(self.pipe, self._arguments(key), decode=not self.warm)
             self.warm.add(arm.name)
             if self.folder.arms[arm.name].warmup_seconds is None:
                 self.folder.update(arm.name, warmup_seconds=seconds)
@@ -303,6 +305,19 @@ class _Run:
         return self._result(DENSE, key, [made], [report], reference)
 
     def _observe(self, arm: Arm, key: tuple[str, int], captured: Path | None) -> dict[int, float]:
+        """Errors of attention by step; with `captured`, masks too, and the attention they hold where that fits."""
+        from sparsediff.eval.capture import CaptureTooLargeError
+
+        try:
+            return self._observe_once(arm, key, captured, scores=True)
+        except CaptureTooLargeError as problem:  # known at the first call
+            note = f"attention mass was not captured: {problem}"
+            self.folder.update(arm.name, notes=(*self.folder.arms[arm.name].notes, note))
+            return self._observe_once(arm, key, captured, scores=False)
+
+    def _observe_once(
+        self, arm: Arm, key: tuple[str, int], captured: Path | None, *, scores: bool
+    ) -> dict[int, float]:
         from sparsediff.eval.capture import capture
 
         steps = self.call.get("num_inference_steps")
@@ -315,7 +330,7 @@ class _Run:
             layers = sum(len(state.layers) for state in handle.states)
             chosen_layers = list(_spread(layers, CAPTURED_LAYERS))
             chosen_steps = list(_spread(steps, CAPTURED_STEPS)) if steps else [-1]
-            with capture(handle, layers=chosen_layers, steps=chosen_steps) as seen:
+            with capture(handle, layers=chosen_layers, steps=chosen_steps, scores=scores) as seen:
                 self.pipe(**arguments)
             seen.about |= {"prompt": key[0], "seed": str(key[1])}
             captured.parent.mkdir(parents=True, exist_ok=True)

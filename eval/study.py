@@ -19,23 +19,21 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 import sparsediff
 from sparsediff.api import watch
-from sparsediff.budget import row_top_k
 from sparsediff.calibrator import AttentionError, calibrate
 from sparsediff.eval.environment import environment, git_commit
 from sparsediff.eval.metrics import fidelity
+from sparsediff.eval.random_blocks import Random
 from sparsediff.eval.st_lpips import st_lpips
 from sparsediff.eval.study_report import mean
 from sparsediff.eval.video import check_writable
 from sparsediff.methods import (
     AdaSpa,
-    AttentionSite,
     Auto,
     CalibratedMethod,
     DraftAttention,
@@ -57,39 +55,6 @@ BLOCK = 64
 CALIBRATION_PROMPTS, CALIBRATION_SEED = 2, 10_000  # captions that are not compared
 ERROR_CLIPS = 4  # of which the error of every attention call is measured
 SCHEMA = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Random(Method):
-    """Blocks drawn once at random: what any method must beat."""
-
-    name: ClassVar[str] = "random"
-    summary: ClassVar[str] = "random blocks"
-    citation: ClassVar[str] = "none"
-
-    density: float = 0.3
-    block: int = BLOCK
-
-    def block_size(self, grid: object) -> tuple[int, int]:
-        """Square blocks."""
-        return (self.block, self.block)
-
-    def keep_blocks(
-        self, query: Tensor, key: Tensor, site: AttentionSite, *, lse: Tensor | None = None
-    ) -> Tensor:
-        """As many in every row as the others keep."""
-        blocks = -(-query.shape[1] // self.block)
-        draw = torch.rand(
-            query.shape[0],
-            query.shape[2],
-            blocks,
-            blocks,
-            generator=torch.Generator().manual_seed(site.layer),
-        )
-        video = site.grid.whole_blocks(self.block)
-        keep = torch.zeros_like(draw, dtype=torch.bool)
-        keep[..., video, video] = row_top_k(draw[..., video, video], self.density)
-        return keep.to(query.device)
 
 
 @dataclass(frozen=True)

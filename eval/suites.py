@@ -95,7 +95,10 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no UTF-8 text; save it as UTF-8, one prompt a line") from None
     if path.suffix == ".json":
         found = _from_json(text, path)
     elif path.suffix == ".csv":
@@ -115,7 +118,7 @@ def _from_json(text: str, path: Path) -> list[str]:
         raise ValueError(f"{path} is no JSON (line {error.lineno}: {error.msg})") from None
     if not isinstance(data, list):
         raise ValueError(f"{path} must hold a list of prompts, or of records with a prompt")
-    found = [x if isinstance(x, str) else x.get("prompt_en", x.get("prompt")) for x in data]
+    found = [x.get("prompt_en", x.get("prompt")) if isinstance(x, dict) else x for x in data]
     if not all(isinstance(x, str) for x in found):
         raise ValueError(f"{path} holds a record without `prompt` or `prompt_en`")
     return found

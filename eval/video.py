@@ -83,7 +83,9 @@ def read_video(path: str | Path) -> tuple[Tensor, float]:
             problem = None
         if problem is not None:
             gc.collect()  # while nobody is warned of the pipes
-            raise ValueError(f"cannot read a video from {path}: {problem}")
+            raise ValueError(
+                f"cannot read a video from {path}: {problem}; give a file that ffmpeg reads, such as an .mp4"
+            )
     return torch.from_numpy(pixels).float() / 255, fps
 
 

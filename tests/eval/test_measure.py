@@ -26,6 +26,17 @@ def run(pipe, *, seed=0, trajectory=True, **changes):
     return generate(pipe, {**CALL, "generator": generator, **changes}, trajectory=trajectory)
 
 
+@pytest.mark.parametrize("decode", [False, True])
+def test_warming_up_decodes_where_it_is_asked_to(pipe, decode):
+    decoded = []
+    hook = pipe.vae.decoder.register_forward_hook(lambda *_: decoded.append(True))
+    try:
+        warm_up(pipe, {**CALL, "generator": torch.Generator().manual_seed(0)}, decode=decode)
+    finally:
+        hook.remove()
+    assert bool(decoded) == decode
+
+
 def test_measuring_changes_nothing(pipe):
     stock = pipe(**CALL, generator=torch.Generator().manual_seed(0)).frames[0]
     made = run(pipe)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from random_st_lpips import random_network
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
@@ -99,88 +100,11 @@ def moving():
     return torch.stack([waves * (1 - disc) + disc, waves, waves * (1 - 0.5 * disc)], -1)
 
 
-class Network(nn.Module):
-    """Shift-tolerant AlexNet with random weights, put together from torch's own layers as its paper draws it."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        widths = [
-            (3, 64, 11, 2),
-            (64, 192, 5, 2),
-            (192, 384, 3, 1),
-            (384, 256, 3, 1),
-            (256, 256, 3, 1),
-        ]
-        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, k, padding=p) for a, b, k, p in widths)
-        self.heads = nn.ModuleList(nn.Conv2d(b, 1, 1, bias=False) for _, b, _, _ in widths)
-        for head in self.heads:
-            head.weight.data.abs_()
-        row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0])
-        kernel = (row[:, None] * row / 256)[None, None]
-        self.blurs = nn.ModuleList()
-        for channels in (64, 64, 192):
-            blur = nn.Conv2d(
-                channels,
-                channels,
-                5,
-                stride=2,
-                padding=2,
-                padding_mode="reflect",
-                groups=channels,
-                bias=False,
-            )
-            blur.weight.data = kernel.repeat(channels, 1, 1, 1)
-            self.blurs.append(blur)
-        self.shift = torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None]
-        self.scale = torch.tensor([0.458, 0.448, 0.450])[None, :, None, None]
-
-    def stored(self):
-        names = {0: 0, 1: 5, 2: 9, 3: 11, 4: 13}
-        found = {"scaling_layer.shift": self.shift, "scaling_layer.scale": self.scale}
-        for i, number in names.items():
-            found[f"net.slice{i + 1}.{number}.weight"] = self.convolutions[i].weight.data
-            found[f"net.slice{i + 1}.{number}.bias"] = self.convolutions[i].bias.data
-            found[f"lin{i}.model.1.weight"] = self.heads[i].weight.data
-        for name, blur in zip(("slice1.1", "slice2.4", "slice3.8"), self.blurs, strict=True):
-            found[f"net.{name}.filt"] = blur.weight.data
-        return found
-
-    def features(self, x):
-        x = (x - self.shift) / self.scale
-        stages = [
-            lambda x: self.convolutions[0](x),
-            lambda x: self.convolutions[1](self.blurs[1](nn.MaxPool2d(3, 1)(x))),
-            lambda x: self.convolutions[2](self.blurs[2](nn.MaxPool2d(3, 1)(x))),
-            self.convolutions[3],
-            self.convolutions[4],
-        ]
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            x = nn.ReLU()(self.blurs[0](x) if i == 0 else x)
-            yield x
-
-    @torch.no_grad()
-    def forward(self, one, two):
-        total = 0
-        for a, b, head in zip(self.features(one), self.features(two), self.heads, strict=True):
-            a, b = (f / (f.norm(dim=1, keepdim=True) + 1e-10) for f in (a, b))
-            total = total + head((a - b) ** 2).mean(dim=(2, 3)).flatten()
-        return total
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "network.pth"
-    torch.save(Network().stored(), path)
+    torch.save(random_network(), path)
     return path
-
-
-def test_st_lpips_is_its_definition(moving, weights):
-    other = noisy(moving, 0.1)
-    expected = Network()(*(x.movedim(-1, 1) * 2 - 1 for x in (other, moving)))
-    found = st_lpips(other, moving, weights=weights, batch=2)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def blurred(clip, radius):

@@ -87,8 +87,13 @@ def test_text_that_is_no_json_is_refused(tmp_path):
     (tmp_path / "arms/a.json").write_text('{"schema_version": 1,')
     with pytest.raises(ValueError, match=r"a.json is no JSON \(line 1"):
         load_results(tmp_path)
+    (tmp_path / "arms/a.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"a.json is no text: delete that file and run"):
+        load_results(tmp_path)
     with pytest.raises(FileNotFoundError, match="sparsediff eval run"):
         load_results(tmp_path / "nothing")
+    with pytest.raises(NotADirectoryError, match="give the folder"):
+        load_results(tmp_path / "arms/a.json")
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,12 @@ def done(pipe, tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="module")
+def small(pipe, tmp_path_factory):
+    """One prompt, one method; to be read, not to be changed."""
+    return run(pipe, tmp_path_factory.mktemp("small"), prompts=PROMPTS[:1], arms=ARMS[:1])
+
+
 def run(pipe, folder, *, prompts=PROMPTS, arms=ARMS, options=QUIET, **changes):
     return evaluate(
         pipe,
@@ -128,6 +134,28 @@ def test_errors_of_attention_and_masks_come_from_a_run_of_their_own(done):
         assert first.metrics["attention_error"] == pytest.approx(sum(sparse) / len(sparse))
         capture = Capture.load(done.capture_path(arm))
         assert capture.about["prompt"] == PROMPTS[0]
+        sparse = [call for call in capture.calls if call.dense_reason is None]
+        assert sparse
+        kept = torch.stack([call.kept_mass() for call in sparse])
+        assert (kept > 0).all()
+        assert (kept < 1.001).all()
+        assert kept.min() < 0.999
+
+
+def test_masks_are_captured_alone_where_their_attention_does_not_fit(pipe, tmp_path, monkeypatch):
+    import sparsediff.eval.capture as capture
+
+    real = capture._Recorder
+    monkeypatch.setattr(
+        capture, "_Recorder", lambda **options: real(**{**options, "max_bytes": 500})
+    )
+    options = dataclasses.replace(QUIET, captures=True)
+    results = run(pipe, tmp_path, prompts=PROMPTS[:1], arms=ARMS[:1], options=options)
+    (arm,) = results.others
+    captured = Capture.load(results.capture_path(arm))
+    assert captured.calls
+    assert all(call.mass is None for call in captured.calls)
+    assert any("attention mass was not captured" in note for note in arm.notes)
 
 
 def test_all_random_blocks_are_at_the_density_of_their_method(done):
@@ -160,7 +188,20 @@ def test_arms_take_turns(pipe, tmp_path, generated):
     assert not (tmp_path / "reference").exists()
 
 
-@pytest.mark.parametrize("after", [0, 1, 3, 5])
+def test_an_interrupt_before_the_repeat_does_not_lose_it(pipe, tmp_path, monkeypatch):
+    """The dense clip is written, its repeat is not: of one prompt there is no later chance."""
+    with monkeypatch.context() as patched:
+        patched.setattr(runner._Run, "_repeat", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(pipe, tmp_path, prompts=PROMPTS[:1], arms=ARMS[:1])
+    waiting = list((tmp_path / "reference").iterdir())
+    waiting[0].write_bytes(b"damaged")  # and it is made again
+    results = run(pipe, tmp_path, prompts=PROMPTS[:1], arms=ARMS[:1])
+    assert results.dense.repeat.frames_sha256 == results.dense.clips[0].frames_sha256
+    assert {c.name: c.passed for c in results.dense.checks}["deterministic"] is True
+
+
+@pytest.mark.parametrize("after", [1, 5])
 def test_an_interrupt_anywhere_costs_only_the_clip_it_hit(
     pipe, tmp_path, after, generated, monkeypatch
 ):
@@ -226,16 +267,12 @@ def test_arms_and_prompts_can_be_added(pipe, tmp_path, generated):
         ({"fps": 8}, "fps"),
     ],
 )  # fmt: skip
-def test_a_changed_configuration_is_refused_by_name(
-    pipe, done, change, message, generated, tmp_path
-):
-    first = run(pipe, tmp_path, prompts=PROMPTS[:1], arms=ARMS[:1])
-    generated.clear()
+def test_a_changed_configuration_is_refused_by_name(pipe, small, change, message, generated):
     with pytest.raises(ValueError, match=message) as error:
-        run(pipe, tmp_path, prompts=PROMPTS[:1], arms=ARMS[:1], **change)
+        run(pipe, small.folder, prompts=PROMPTS[:1], arms=ARMS[:1], **change)
     assert "choose another --out" in str(error.value)
     assert generated == []
-    assert load_results(tmp_path) == first
+    assert load_results(small.folder) == small
 
 
 def test_changed_weights_and_scheduler_are_noticed(tmp_path):

@@ -92,18 +92,3 @@ def test_every_arm_has_a_fifth_of_its_steps_dense(steps):
         method, dense = arm.method, arm.schedule(steps).dense_steps
         searching = method.name in ("sparse_d", "adaspa")
         assert dense + searching == round(steps / 5), arm.label
-
-
-def test_random_blocks_are_as_many_as_asked_and_the_same_every_time():
-    import torch
-
-    grid = sparsediff.TokenGrid.video(5, 8, 8)
-    q = torch.zeros(1, 320, 2, 8)
-    site = sparsediff.AttentionSite(
-        layer=1, num_layers=2, step=0, num_steps=5, sigma=1.0, branch="", grid=grid
-    )
-    method = study.Random(density=0.4)
-    keep = method.keep_blocks(q, q, site)
-    assert keep.shape == (1, 2, 5, 5)
-    assert (keep.sum(-1) == 2).all()
-    assert torch.equal(keep, method.keep_blocks(q, q, site))

@@ -66,3 +66,9 @@ def test_mistakes_name_the_fix(tmp_path):
     (tmp_path / "p.json").write_text('{"prompt": "x"}')
     with pytest.raises(ValueError, match="must hold a list"):
         load_suite(None, tmp_path / "p.json")
+    (tmp_path / "p.json").write_text("[[1]]")
+    with pytest.raises(ValueError, match="holds a record without"):
+        load_suite(None, tmp_path / "p.json")
+    (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"p\.txt is no UTF-8 text"):
+        load_suite(None, tmp_path / "p.txt")
