@@ -56,6 +56,8 @@ def _headline(arm: ArmSummary, results: Results) -> str:
         return (
             f"{arm.label} makes the denoiser {speed:.2f} times as fast as dense attention{quality}."
         )
+    if sum(other.role == "sparse" for other in results.arms) == 1:
+        return f"{arm.label} is not reliably faster than dense attention here: {speed:.2f} times its speed{quality}."
     said = f"{said} and " if said else ""
     return f"No method is reliably faster here. {arm.label} comes closest to dense attention, at {said}{speed:.2f} times its speed."
 

@@ -244,6 +244,8 @@ def test_every_method_describes_itself(name):
         (lambda: DraftAttention(row_minimum=0), "row_minimum must be a whole number >= 1"),
         (lambda: Auto(density=0.0), r"density must be a share in \(0, 1\]"),
         (lambda: Auto(block=96), "block must be 32, 64, 128 or None"),
+        (lambda: Auto(block=0), "block must be 32, 64, 128 or None, got 0"),
+        (lambda: Custom(block=0), "block must be 32, 64, 128 or None, got 0"),
         (lambda: Auto(refresh=0), "refresh must be None, a number of steps >= 1"),
         (lambda: DraftAttention(pool_h=8.0), "pool_h must be a whole number"),
         (lambda: LiteAttention(tile=(64.0, 64.0)), "two sizes >= 16"),
