@@ -157,3 +157,9 @@ def made_results(tmp_path_factory):
 def results_folder(made_results, tmp_path):
     """Two prompts, four arms, with videos; a copy to change at will."""
     return shutil.copytree(made_results, tmp_path / "results")
+
+
+@pytest.fixture(scope="session")
+def make_results_folder():
+    """`make_results`, for folders of other prompts and arms."""
+    return make_results
