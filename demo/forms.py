@@ -91,7 +91,12 @@ class Field:
         if not math.isfinite(number) or (self.whole and number != round(number)):
             raise ValueError(f"{self.name} must be a {'whole' if self.whole else 'finite'} number, got {shown}")  # fmt: skip
         # Sliders add up their steps in binary; nobody chose 0.30000000000000004.
-        return round(number) if self.whole else round(number, 6)
+        number = round(number) if self.whole else round(number, 6)
+        if not self.low <= number <= self.high:
+            raise ValueError(
+                f"{self.name} lies between {self.low} and {self.high} on this page, got {str(shown)[:60]}"
+            )
+        return number
 
 
 def offered_methods(calibrated: frozenset[str] = frozenset()) -> dict[str, type[Method]]:

@@ -137,7 +137,8 @@ class Page:
         form = self.form
         self.blocks.load(self.restore, None, [*form.outputs, self.meter, self.result], **quiet)
         self.blocks.unload(self.leave)
-        self.timer.tick(self.tick, None, [self.header, self.timer, *form.numbers.values()], **light)
+        numbers = list(form.numbers.values())
+        self.timer.tick(self.tick, set(numbers), [self.header, self.timer, *numbers], **light)
         form.method.input(self.pick_method, form.method, [form.about, form.preset, *form.columns], **light)  # fmt: skip
         form.preset.input(self.pick_preset, [form.method, form.preset], form.outputs, **light)
         self.run.click(
@@ -178,15 +179,15 @@ class Page:
         for kind in ("compare", "study"):
             self.sessions.leave(_visitor(request, kind))
 
-    def tick(self, *_: object) -> dict[object, object]:
-        """Until the model is there: say so, and then fill in what it makes by default."""
+    def tick(self, data: Mapping[object, object]) -> dict[object, object]:
+        """Until the model is there: say so, and then fill in what it makes by default where nothing stands."""
         updates: dict[object, object] = {self.header: self._header()}
         if self.studio.loaded:
             updates[self.timer] = gr.Timer(active=False)
         limits = self.studio.limits
         if limits is not None:
             for name, component in self.form.numbers.items():
-                if name not in ("seed", "guidance") and component.value is None:
+                if name not in ("seed", "guidance") and data[component] is None:
                     updates[component] = getattr(limits.defaults, name)
         return updates
 

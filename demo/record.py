@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsediff.demo.studio import SparseRun, Studio
+from sparsediff.demo.studio import REPORT, SparseRun, Studio
 from sparsediff.eval.arms import DENSE, Arm
 from sparsediff.eval.clips import Reference, clip_result
 from sparsediff.eval.compare import Request
@@ -45,8 +45,8 @@ class Record:
     blanks: dict[str, ArmResult]
 
     @classmethod
-    def begin(cls, studio: Studio, request: Request, arms: Sequence[Arm]) -> Record:
-        """An empty folder.  The caller has its turn: what is noted of the pipeline is noted of the stock one."""
+    def begin(cls, studio: Studio, folder: Path, request: Request, arms: Sequence[Arm]) -> Record:
+        """Nothing measured yet.  The caller has its turn: what is noted of the pipeline is noted of the stock one."""
         possible, notes = choose(None, (request.height, request.width), request.frames)
         metrics = tuple(name for name in METRICS if name in possible)
         call = request.arguments()
@@ -64,7 +64,7 @@ class Record:
         }
         return cls(
             studio=studio,
-            folder=studio.new_folder(),
+            folder=folder,
             request=request,
             metrics=metrics,
             blanks={arm.name: blank_arm(arm, studio.pipe, **shared) for arm in (DENSE, *arms)},
@@ -87,7 +87,7 @@ class Record:
 
     def write_report(self) -> Path:
         """The evaluation's page of what is there so far."""
-        return write_report(self.folder, max_bytes=PAGE_BYTES)
+        return write_report(self.folder, out=self.folder / REPORT, max_bytes=PAGE_BYTES)
 
     @property
     def _clip(self) -> dict[str, object]:

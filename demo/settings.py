@@ -15,7 +15,10 @@ from sparsediff.schedule import Schedule
 
 # Names in an address; the rest are `set.NAME` for the method's parameters and `schedule.NAME`.
 QUERY = ("prompt", "negative_prompt", "seed", "steps", "guidance", "height", "width", "frames")
+TEXTS = ("prompt", "negative_prompt")
 SET, SCHEDULE = "set.", "schedule."
+# Beyond it a browser cannot tell neighbouring whole numbers apart, and beyond 64 bits the page cannot be sent.
+LARGEST_NUMBER = 2**53
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +85,7 @@ def from_query(
     for name in QUERY:
         if name not in query:
             continue
-        try:
-            kind = {"prompt": str, "negative_prompt": str, "guidance": float}.get(name, int)
-            changes[name] = kind(query[name])
-        except ValueError:
-            raise ValueError(
-                f"the address says {name}={query[name][:40]!r}, which is no number"
-            ) from None
+        changes[name] = query[name] if name in TEXTS else _number(name, query[name])
     method = query.get("method", "auto")
     if method not in methods:
         raise ValueError(
@@ -103,6 +100,16 @@ def from_query(
         parameters=parameters,
         schedule=schedule if has_schedule else None,
     )
+
+
+def _number(name: str, text: str) -> int | float:
+    try:
+        number = float(text) if name == "guidance" else int(text)
+    except ValueError:
+        raise ValueError(f"the address says {name}={text[:40]!r}, which is no number") from None
+    if not abs(number) <= LARGEST_NUMBER:  # true of nan, too
+        raise ValueError(f"the address says {name}={text[:40]!r}, which is out of all bounds")
+    return number
 
 
 def _group(query: Mapping[str, str], prefix: str, fields: tuple[Field, ...]) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import tempfile
 import threading
 import time
@@ -35,6 +36,7 @@ from sparsediff.report import RunReport
 CACHE_BYTES = 1 << 30
 CAPTURED_BYTES = 24 << 20  # of masks, at most, before what repeats is counted once
 CAPTURED_STEPS = 6
+REPORT = "report.html"
 
 OnStep = Callable[[StepPoint], None]
 
@@ -138,9 +140,16 @@ class Studio:
         """What the adapter of the model recommends; nothing before it is loaded."""
         return () if self.pipe is None else adapter_for(self.pipe.transformer).presets
 
-    def new_folder(self) -> Path:
-        """For the results of one job; all go when the server ends."""
-        return Path(tempfile.mkdtemp(dir=self._folder.name))
+    @contextlib.contextmanager
+    def new_folder(self) -> Iterator[Path]:
+        """For the results of one job: goes if the job ends before it has a report, as all do when the server ends."""
+        folder = Path(tempfile.mkdtemp(dir=self._folder.name))
+        try:
+            yield folder
+        except BaseException:
+            if not (folder / REPORT).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def close(self) -> None:
         """Throw away all results."""
@@ -276,9 +285,8 @@ class Studio:
         heads = max(
             getattr(model.config, "num_attention_heads", 1) for model in denoisers(self.pipe)
         )
-        one = (
-            2 * heads * (tokens // 64 + 1) ** 2 // 8
-        )  # two guidance branches, the smallest usual block
+        # two guidance branches, the smallest usual block, one bit a pair; short clips take less than a byte
+        one = max(1, 2 * heads * (tokens // 64 + 1) ** 2 // 8)
         while len(steps) > 2 and one * len(layers) * len(steps) > CAPTURED_BYTES:
             steps = steps[1::2]
         few = max(1, CAPTURED_BYTES // (one * len(steps)))

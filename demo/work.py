@@ -114,17 +114,18 @@ def comparison(studio: Studio, settings: Settings) -> Callable[[Job], None]:
         asked = _checked(studio, settings, job)
         arm = studio.arm(asked)
         progress = Progress(job, runs=1 if asked.request in studio.dense else 2)
-        with studio.turns.turn(job, progress.waiting):
-            check_arms(studio.pipe, [arm])  # before the dense run, not after it
-            record = Record.begin(studio, asked.request, [arm])
-            dense = _dense(studio, job, asked.request, progress)
-            progress.begin("Sparse", arm.label)
-            run = studio.run_sparse(job, asked.request, arm, dense, progress.step)
-        progress.say("comparing the clips")
-        record.add_dense(dense)
-        record.add_sparse(arm, run, dense)
-        job.check()
-        job.tell(_result(record, asked, record.clip(arm)))
+        with studio.new_folder() as folder:
+            with studio.turns.turn(job, progress.waiting):
+                check_arms(studio.pipe, [arm])  # before the dense run, not after it
+                record = Record.begin(studio, folder, asked.request, [arm])
+                dense = _dense(studio, job, asked.request, progress)
+                progress.begin("Sparse", arm.label)
+                run = studio.run_sparse(job, asked.request, arm, dense, progress.step)
+            progress.say("comparing the clips")
+            record.add_dense(dense)
+            record.add_sparse(arm, run, dense)
+            job.check()
+            job.tell(_result(record, asked, record.clip(arm)))
 
     return work
 
@@ -140,19 +141,20 @@ def all_methods(studio: Studio, settings: Settings) -> Callable[[Job], None]:
         plain = [dataclasses.replace(asked, method=n, parameters={}, schedule=None) for n in studio.methods]  # fmt: skip
         arms = [studio.arm(one) for one in plain]
         progress = Progress(job, runs=len(arms) + (asked.request not in studio.dense))
-        with studio.turns.turn(job, progress.waiting):
-            check_arms(studio.pipe, arms)
-            record = Record.begin(studio, asked.request, arms)
-            dense = _dense(studio, job, asked.request, progress)
-        record.add_dense(dense)
-        for arm in arms:
+        with studio.new_folder() as folder:
             with studio.turns.turn(job, progress.waiting):
-                progress.begin("Sparse", arm.label)
-                run = studio.run_sparse(job, asked.request, arm, dense, progress.step)
-            progress.end()
-            record.add_sparse(arm, run, dense)
-            job.check()
-            job.tell(_result(record, asked, record.clip(arm)))
+                check_arms(studio.pipe, arms)
+                record = Record.begin(studio, folder, asked.request, arms)
+                dense = _dense(studio, job, asked.request, progress)
+            record.add_dense(dense)
+            for arm in arms:
+                with studio.turns.turn(job, progress.waiting):
+                    progress.begin("Sparse", arm.label)
+                    run = studio.run_sparse(job, asked.request, arm, dense, progress.step)
+                progress.end()
+                record.add_sparse(arm, run, dense)
+                job.check()
+                job.tell(_result(record, asked, record.clip(arm)))
 
     return work
 

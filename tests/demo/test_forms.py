@@ -16,34 +16,21 @@ from sparsediff.demo.presets import presets
 from sparsediff.methods import METHODS, Custom, build_method
 from sparsediff.schedule import Schedule
 
-FIELDS = [(name, one) for name in METHODS for one in method_fields(name)]
-named = pytest.mark.parametrize(("method", "one"), FIELDS, ids=[f"{m}-{f.name}" for m, f in FIELDS])
+each_method = pytest.mark.parametrize("method", METHODS)
 
 
-@named
-def test_a_default_survives_the_form(method, one):
-    assert one.read(one.show(one.default)) == one.default
-
-
-@named
-def test_the_ends_of_a_slider_are_accepted_and_hold_the_default(method, one):
-    if one.kind != "slider":
-        return
-    assert one.low < one.high
-    assert one.low <= one.default <= one.high
-    for value in (one.low, one.high):
-        assert accepts(METHODS[method], one.name, one.read(value)), value
-
-
-@named
-def test_every_choice_is_accepted(method, one):
-    for value in one.choices.values():
-        assert accepts(METHODS[method], one.name, value)
-
-
-@named
-def test_every_field_says_what_it_is(method, one):
-    assert len(one.help) > 10
+@each_method
+def test_fields_say_what_they_are_and_hold_what_the_class_accepts(method):
+    for one in method_fields(method):
+        assert len(one.help) > 10, one.name
+        assert one.read(one.show(one.default)) == one.default, one.name
+        for value in one.choices.values():
+            assert accepts(METHODS[method], one.name, value), (one.name, value)
+        if one.kind == "slider":
+            assert one.low < one.high
+            assert one.low <= one.default <= one.high
+            for end in (one.low, one.high):
+                assert accepts(METHODS[method], one.name, one.read(end)), (one.name, end)
 
 
 def test_the_main_parameter_comes_first_and_is_only_one():
@@ -89,6 +76,8 @@ def test_inherited_fields_keep_their_help():
     [
         ("auto", "density", "much", "density must be a number"),
         ("auto", "density", float("nan"), "density must be a finite number"),
+        ("auto", "density", 5, "density lies between 0.01 and 1.0 on this page, got 5"),
+        ("lite_attention", "threshold", -1e300, "threshold lies between -20.0 and -0.1"),
         ("draft_attention", "row_minimum", 1.5, "row_minimum must be a whole number"),
         ("auto", "producer", "guess", "producer must be one of mass, pooled"),
         ("custom", "windows", "__import__('os')", "windows takes a Python value"),

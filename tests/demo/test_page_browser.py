@@ -9,6 +9,7 @@ from browser import Watched, launch
 
 gradio = pytest.importorskip("gradio", reason="the extra `demo` is not installed")
 
+from sparsediff.demo.page import Page  # noqa: E402
 from sparsediff.demo.serve import serve  # noqa: E402
 from sparsediff.eval.compare import Request  # noqa: E402
 
@@ -323,3 +324,12 @@ def test_neither_files_nor_models_can_be_had_from_the_page(url):
         assert found.value.code == 403
     config = urllib.request.urlopen(f"{url}config").read().decode()
     assert "model_id" not in config
+
+
+def test_what_the_model_makes_by_default_is_filled_in_only_where_nothing_stands(studio):
+    page = Page(studio)
+    numbers = page.form.numbers
+    shown = dict.fromkeys(numbers.values()) | {numbers["steps"]: 3}
+    updates = page.tick(shown)
+    assert numbers["steps"] not in updates
+    assert updates[numbers["frames"]] == studio.limits.defaults.frames

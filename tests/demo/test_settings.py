@@ -118,6 +118,10 @@ def test_python_names_what_the_page_ran():
     ("query", "said"),
     [
         ({"steps": "many"}, "steps='many', which is no number"),
+        ({"guidance": "nan"}, "guidance='nan', which is out of all bounds"),
+        ({"seed": "9" * 60}, "which is out of all bounds"),
+        ({"set.density": "5"}, "density lies between 0.01 and 1.0"),
+        ({"schedule.dense_layers": "1e300"}, "dense_layers lies between"),
         ({"method": "magic"}, "method 'magic'"),
         ({"method": "paro_attention"}, "method 'paro_attention'"),
         ({"set.nothing": "1"}, "sets 'nothing'"),

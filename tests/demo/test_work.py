@@ -73,6 +73,7 @@ def test_the_dense_clip_is_made_once_for_each_request(studio, settings):
 def test_a_cancelled_run_leaves_the_pipeline_stock_and_the_next_one_right(studio, settings):
     before = processors(studio)
     _, (expected,) = run(comparison(studio, settings(seed=14, density=0.4)))
+    folders = set(expected.folder.parent.iterdir())
     long = settings(seed=14, steps=40, density=0.4)
     for kind in ("dense", "sparse"):
         job = Job(comparison(studio, long))
@@ -87,6 +88,7 @@ def test_a_cancelled_run_leaves_the_pipeline_stock_and_the_next_one_right(studio
         if kind == "dense":
             assert studio.limits.check(long.request) not in studio.dense
             studio.dense.put(studio.limits.check(long.request), _dense(studio, long))
+        assert set(expected.folder.parent.iterdir()) == folders  # nothing half-done is left
         assert processors(studio) == before
         assert not studio.pipe.transformer._forward_pre_hooks
         assert not studio.pipe.vae.decoder._forward_pre_hooks
@@ -198,6 +200,8 @@ def test_large_masks_are_recorded_at_fewer_steps_and_layers(studio, settings):
             studio.limits.check(settings(steps=20).request), height=4096, width=4096
         )
         layers, steps = studio._captured(handle, big)
+        one_frame = dataclasses.replace(big, height=32, width=32, frames=1, steps=1)
+        assert studio._captured(handle, one_frame) == (names, [0])
     assert few == (names, [0, 4, 8, 11, 15, 19])
     assert 1 <= len(steps) < 6
     assert layers
