@@ -57,8 +57,8 @@ def serve(
     Raises:
         OSError: the port is taken.
     """
-    if port is not None:
-        _require_free(host, port)
+    # Gradio's own search for a port forgets to close the sockets that it tries.
+    port = _bound(host, port or 0)
     studio.start_loading()
     page = Page(studio)
     _, url, public = page.blocks.launch(
@@ -84,11 +84,13 @@ def serve(
     return page, url
 
 
-def _require_free(host: str, port: int) -> None:
+def _bound(host: str, port: int) -> int:
+    """The port, if it is free; any free one for 0."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
+            return probe.getsockname()[1]
         except OSError as error:
             raise OSError(
                 f"cannot listen on {host}:{port} ({error.strerror}); choose another --port or --host"
