@@ -29,7 +29,7 @@ class Made:
     """A clip and what it took.
 
     Attributes:
-        video: `float32 [F, H, W, 3]` in [0, 1], on the CPU.
+        video: `float32 [F, H, W, 3]` in [0, 1], on the CPU; of one frame if the pipeline makes images.
         total_seconds: the whole call, by the wall clock after the device has finished.
         denoiser_seconds: inside the transformers.
         text_seconds, decode_seconds: before the first and after the last call of a transformer.
@@ -74,7 +74,7 @@ def generate(
             what it raises ends the run.
 
     Raises:
-        ValueError: the pipeline returns no video, or one with NaN or infinite values.
+        ValueError: the pipeline returns neither a video nor an image, or one with NaN or infinite values.
     """
     device = pipe._execution_device
     observer = _CallObserver(device, trajectory=trajectory, on_step=on_step)
@@ -94,12 +94,7 @@ def generate(
     finally:
         for hook in hooks:
             hook.remove()
-    frames = getattr(output, "frames", None)
-    if frames is None:
-        raise ValueError(
-            f"{type(pipe).__name__} returns no video, which is all that can be measured yet"
-        )
-    video = to_video_tensor(frames)
+    video = to_video_tensor(_pictures(pipe, output))
     if not video.isfinite().all():
         raise ValueError(
             "the clip holds NaN or infinite values: try another dtype, such as bfloat16 or float32"
@@ -119,6 +114,17 @@ def generate(
     )
 
 
+def _pictures(pipe: object, output: object) -> object:
+    """The frames, or the one image, of a pipeline's output."""
+    for name in ("frames", "images"):
+        found = getattr(output, name, None)
+        if found is not None:
+            return found
+    raise ValueError(
+        f"{type(pipe).__name__} returns neither frames nor images, and nothing else can be measured"
+    )
+
+
 def warm_up(pipe: object, arguments: dict[str, object], *, decode: bool = False) -> float:
     """Run few steps whose time nobody counts, without a progress bar; returns their seconds.
 
@@ -132,6 +138,12 @@ def warm_up(pipe: object, arguments: dict[str, object], *, decode: bool = False)
         pipe(**{**arguments, **few})
         wait(pipe._execution_device)
     return time.perf_counter() - started
+
+
+def makes_video(pipe: object) -> bool:
+    """Whether the pipeline's call takes frames, a video or their number; those that do not make images."""
+    names = inspect.signature(pipe.__call__).parameters
+    return any("frame" in name or "video" in name for name in names)
 
 
 def denoisers(pipe: object) -> list[nn.Module]:

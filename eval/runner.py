@@ -24,7 +24,7 @@ from sparsediff.eval.clips import (  # fmt: skip
     with_attention_errors,
 )
 from sparsediff.eval.dense_backends import best_backend
-from sparsediff.eval.measure import Made, generate, warm_up
+from sparsediff.eval.measure import Made, generate, makes_video, warm_up
 from sparsediff.eval.metrics import choose
 from sparsediff.eval.results import CAPTURES, CLIPS, ClipResult, Results
 from sparsediff.eval.run_folder import RunFolder, blank_arm, configuration, run_name
@@ -120,9 +120,8 @@ def evaluate(
     if options.random:
         methods += [twin for twin in map(random_twin, methods) if twin is not None]
     size = (call["height"], call["width"]) if {"height", "width"} <= call.keys() else None
-    metrics, notes = choose(
-        options.metrics, size, call.get("num_frames"), lpips_weights=options.lpips_weights
-    )
+    frames = call.get("num_frames") if makes_video(pipe) else 1
+    metrics, notes = choose(options.metrics, size, frames, lpips_weights=options.lpips_weights)
     check_writable(Path(folder) / "results")
     check_arms(pipe, [DENSE, *methods])
     with step_bar(pipe, shown=options.progress):

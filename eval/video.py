@@ -35,12 +35,18 @@ def check_writable(path: Path, flag: str = "--out") -> None:
 
 
 def to_video_tensor(frames) -> Tensor:
-    """Frames as a pipeline returns them (`output_type="np"` or `"pt"`) as `float32 [F, H, W, 3]` in [0, 1]."""
+    """Frames, or an image, as a pipeline returns them (`output_type="np"` or `"pt"`), as `float32 [F, H, W, 3]` in [0, 1].
+
+    Raises:
+        ValueError: not pictures of three colours.
+    """
     x = torch.as_tensor(frames).detach().to("cpu", torch.float32)
     if x.ndim == 5:
         x = x[0]
-    if x.shape[-1] != 3 and x.shape[1] == 3:
+    if x.ndim == 4 and x.shape[-1] != 3 and x.shape[1] == 3:
         x = x.movedim(1, -1)
+    if x.ndim != 4 or x.shape[-1] != 3:
+        raise ValueError(f"pictures [F, H, W, 3] are needed, got {list(x.shape)}")
     return x.clamp(0.0, 1.0)
 
 
