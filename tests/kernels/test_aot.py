@@ -45,7 +45,7 @@ def assert_sound(kernel):
     assert kernel["shared_bytes"] <= limit * 1024, kernel
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
 def test_common_kernels_compile_without_spilling(arch):
     kernels = compile_ahead("--quick", arch)
     assert len(kernels) >= 2

@@ -53,7 +53,7 @@ def test_camera_moves_the_background_and_not_the_main_object():
 
 
 def test_measuring_tool_reads_rendered_clips():
-    scenes, _ = evaluate.exam(5)
+    scenes, _ = evaluate.exam(3)
     right = measure.verdicts(render.render(scenes, 33, 128, 128), scenes)
     assert measure.accuracy(right)["all three"] == 1.0
 

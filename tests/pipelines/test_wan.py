@@ -568,7 +568,7 @@ def test_one_processor_object_may_serve_every_module(pipe):
 def test_an_interrupt_while_enabling_restores(pipe, monkeypatch):
     stock = generate(pipe)
     calls = []
-    real = sparsediff.patch.wrap_processor
+    real = sparsediff.adapter.wrap_processor
 
     def interrupted(*args):
         calls.append(args)
@@ -576,7 +576,7 @@ def test_an_interrupt_while_enabling_restores(pipe, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr("sparsediff.patch.wrap_processor", interrupted)
+    monkeypatch.setattr("sparsediff.adapter.wrap_processor", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sparsediff.enable(pipe, HALF)
     assert type(pipe.transformer.blocks[0].attn1.processor).__name__ == "WanAttnProcessor"
