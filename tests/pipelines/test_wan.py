@@ -13,7 +13,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sparsediff
-from sparsediff import Auto, DraftAttention, LiteAttention, Schedule
+from sparsediff import Auto, DraftAttention, LiteAttention, Schedule, adapter
 from sparsediff.testing import random_wan_pipeline
 
 VARIANTS = ("t2v", "t2v-2.2", "ti2v-2.2", "i2v", "vace")
@@ -568,7 +568,7 @@ def test_one_processor_object_may_serve_every_module(pipe):
 def test_an_interrupt_while_enabling_restores(pipe, monkeypatch):
     stock = generate(pipe)
     calls = []
-    real = sparsediff.adapter.wrap_processor
+    real = adapter.wrap_processor
 
     def interrupted(*args):
         calls.append(args)
@@ -576,7 +576,7 @@ def test_an_interrupt_while_enabling_restores(pipe, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr("sparsediff.adapter.wrap_processor", interrupted)
+    monkeypatch.setattr(adapter, "wrap_processor", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sparsediff.enable(pipe, HALF)
     assert type(pipe.transformer.blocks[0].attn1.processor).__name__ == "WanAttnProcessor"
