@@ -6,7 +6,10 @@ OUT    ?= out
 # Under a CPU interpreter Triton kernels run without a GPU; a CUDA machine compiles them.
 INTERPRET := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 0 || echo 1)
 
-.PHONY: setup run demo test browser gpu lint fmt wheel check clean
+# A quarter of an hour on two cores from a fresh clone, set-up included, is the limit of what runs at every change.
+TESTS := not gpu and not slow
+
+.PHONY: test-all setup run demo test browser gpu lint fmt wheel check clean
 
 setup: $(VENV)/.installed
 
@@ -35,7 +38,11 @@ browser:
 
 test: setup browser
 	# One thread a worker: two workers of two threads on two cores wait for each other.
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=$(INTERPRET) $(BIN)/python -m pytest -m "not gpu" -n auto --maxprocesses 8 $(ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=$(INTERPRET) $(BIN)/python -m pytest -m "$(TESTS)" -n auto --maxprocesses 8 $(ARGS)
+
+# With the tests that take longest, some of them of whole pages.
+test-all: TESTS := not gpu
+test-all: test
 
 gpu: setup
 	$(BIN)/python -m pytest -m gpu $(ARGS)

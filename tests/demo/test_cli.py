@@ -57,6 +57,7 @@ def test_a_taken_port_is_named(capsys):
     assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_file_of_a_space_serves_and_ends_on_interrupt():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -149,6 +149,7 @@ def test_one_button_makes_both_clips_and_the_meters_tell(visit):
     assert inside.evaluate("DATA.clips.dense[0].shape") == [29, 128, 128]
 
 
+@pytest.mark.slow
 def test_only_the_sparse_run_is_made_again_with_another_method(visit):
     page = visit(f"prompt=a+star&seed=1&steps=4&{SIZE}")
     page.click("#method input")
@@ -205,6 +206,7 @@ def test_a_wrong_address_is_answered_with_a_sentence(visit):
     assert "the address asks for the method '<script>" in error.inner_text()
 
 
+@pytest.mark.slow
 def test_the_address_holds_the_settings_and_restores_them(visit):
     page = visit(
         f"prompt=a+green+star&seed=7&steps=3&{SIZE}&guidance=2.5&method=lite_attention&set.threshold=-3.0"
@@ -248,6 +250,7 @@ def test_the_mask_viewer_answers_clicks(visit):
     assert inside.evaluate(pictures) != drawn
 
 
+@pytest.mark.slow
 def test_two_visitors_are_queued_and_not_mixed(visit):
     one = visit(f"prompt=first&seed=31&steps=12&{SIZE}")
     two = visit(f"prompt=second&seed=32&steps=4&{SIZE}&set.density=0.5")
@@ -264,6 +267,7 @@ def test_two_visitors_are_queued_and_not_mixed(visit):
     assert frame(two).evaluate("DATA.arms[1].label") == "auto density=0.5"
 
 
+@pytest.mark.slow
 def test_leaving_ends_the_run(visit, studio):
     page = visit(f"prompt=leaving&steps=50&{SIZE}")
     page.click("#run")
@@ -291,6 +295,7 @@ def test_share_hands_out_report_clips_command_and_python(visit):
     assert page.inner_text("#link .cm-content") == page.url
 
 
+@pytest.mark.slow
 def test_all_methods_fill_a_plot_and_cancel_keeps_what_is_there(visit):
     page = visit(f"prompt=a+star&seed=1&steps=4&{SIZE}")
     page.get_by_role("tab", name="Methods").click()

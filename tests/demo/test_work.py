@@ -104,6 +104,7 @@ def _dense(studio, settings):
     return generate(studio.pipe, request.arguments(), trajectory=True)
 
 
+@pytest.mark.slow
 def test_all_methods_share_one_dense_clip_and_show_up_one_by_one(studio, settings):
     phases, results = run(all_methods(studio, settings(seed=15)))
     assert len(results) == len(studio.methods) == 6

@@ -53,7 +53,6 @@ def test_common_kernels_compile_without_spilling(arch):
         assert_sound(kernel)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel_compiles_without_spilling(arch):
     for kernel in compile_ahead(arch):
