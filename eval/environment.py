@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 
 import torch
 
 import sparsediff
+from sparsediff.kernels.bench_inputs import cpu_name
 from sparsediff.kernels.bench_inputs import git_commit as git_commit
 
 
@@ -27,15 +27,3 @@ def environment(device: torch.device | None = None) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
     }
     return found | ({"cuda": str(torch.version.cuda)} if cuda else {})
-
-
-def cpu_name() -> str:
-    """As the system calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )

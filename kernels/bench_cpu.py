@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -26,6 +24,7 @@ import torch.nn.functional as F
 
 from sparsediff.block_mask import BlockMask
 from sparsediff.kernels.attention import attend_blocks
+from sparsediff.kernels.bench_inputs import cpu_name, git_commit
 
 DENSITIES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.1)
 
@@ -133,12 +132,10 @@ def main(arguments: list[str] | None = None) -> None:
     result = {
         "what": "CPU block-sparse attention against scaled_dot_product_attention, process CPU time, median of paired ratios",
         "date": datetime.now(UTC).date().isoformat(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "git": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "git": git_commit(),
         "repeats": args.repeats,
         "break_even": {name: round(break_even(points), 3) for name, points in groups.items()},
         "records": records,
@@ -146,15 +143,6 @@ def main(arguments: list[str] | None = None) -> None:
     print(json.dumps(result["break_even"], indent=1))  # noqa: T201
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -17,13 +17,8 @@ _sizes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def one_image(shape: tuple[int, int, int], *, text: int = 0, references: int = 0) -> TokenGrid:
     """`text` tokens, then the image that is made, `(frames, height, width)`, then `references` tokens of other images."""
-    frames, height, width = shape
-    segments = (
-        Segment(role="text", length=text),
-        Segment(role="grid", length=frames * height * width, shape=shape),
-        Segment(role="image", length=references),
-    )
-    return TokenGrid(tuple(s for s in segments if s.length))
+    words, others = Segment(role="text", length=text), Segment(role="image", length=references)
+    return TokenGrid.amid(shape, words, others)
 
 
 def size_from_ids(ids: Tensor) -> tuple[int, int]:

@@ -16,13 +16,8 @@ _volumes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def video_amid(shape: tuple[int, int, int], before: int, after: int) -> TokenGrid:
     """A video with so many tokens of reference frames before and after it, which stay exact."""
-    frames, height, width = shape
-    segments = (
-        Segment(role="image", length=before),
-        Segment(role="grid", length=frames * height * width, shape=shape),
-        Segment(role="image", length=after),
-    )
-    return TokenGrid(tuple(s for s in segments if s.length))
+    first, last = (Segment(role="image", length=n) for n in (before, after))
+    return TokenGrid.amid(shape, first, last)
 
 
 def volume_beside(coordinates: Tensor) -> TokenGrid:

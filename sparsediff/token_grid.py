@@ -92,6 +92,12 @@ class TokenGrid:
         written = Segment(role="grid", length=generation, shape=(1, 1, generation))
         return cls((words, written) if prompt else (written,), queries)
 
+    @classmethod
+    def amid(cls, shape: tuple[int, int, int], before: Segment, after: Segment) -> TokenGrid:
+        """A video (or image) between two other segments; an empty one is left out."""
+        grid = Segment(role="grid", length=math.prod(shape), shape=shape)
+        return cls(tuple(s for s in (before, grid, after) if s.length))
+
     @property
     def num_tokens(self) -> int:
         """Tokens of the whole sequence, whatever their role."""
