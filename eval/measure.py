@@ -103,7 +103,7 @@ def generate(
     return Made(
         video=video,
         total_seconds=total,
-        denoiser_seconds=sum(seconds_between(a, b) for _, a, b in spans),
+        denoiser_seconds=observer.denoiser_seconds(),
         text_seconds=seconds_between(begun, spans[0][1]) if spans else 0.0,
         decode_seconds=seconds_between(spans[-1][2], ended) if spans else 0.0,
         step_seconds=observer.step_seconds(),
@@ -138,6 +138,20 @@ def warm_up(pipe: object, arguments: dict[str, object], *, decode: bool = False)
         pipe(**{**arguments, **few})
         wait(pipe._execution_device)
     return time.perf_counter() - started
+
+
+def denoising_seconds(pipe: object, arguments: dict[str, object]) -> float:
+    """Seconds inside the transformers in one call that decodes nothing."""
+    observer = _CallObserver(pipe._execution_device, trajectory=False)
+    hooks = observer.watch(pipe)
+    try:
+        with step_bar(pipe, shown=False):
+            pipe(**{**arguments, "output_type": "latent"})
+        wait(pipe._execution_device)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return observer.denoiser_seconds()
 
 
 def makes_video(pipe: object) -> bool:
@@ -214,6 +228,9 @@ class _CallObserver:
         if self._on_step is not None:
             self._on_step(self._step - 1, tensors.get("latents"))
         return {}
+
+    def denoiser_seconds(self) -> float:
+        return sum(seconds_between(start, stop) for _, start, stop in self.spans)
 
     def step_seconds(self) -> tuple[float, ...]:
         total = [0.0] * self._step

@@ -49,6 +49,7 @@ from sparsediff.schedule import Schedule
 
 DENSITIES = (0.3, 0.2, 0.5)
 THRESHOLDS = (-4.0, -2.0, -1.0, -0.5)  # LiteAttention has no budget to set
+LITE_DENSITIES = (0.9, 0.7)  # of random blocks, where LiteAttention's thresholds lead
 ERRORS = (0.02, 0.05, 0.1)  # Sparse-vDiT as published has none either
 DENSE_SHARE = 0.2
 BLOCK = 64
@@ -65,13 +66,19 @@ class Arm:
     target: float | None  # density asked for
 
     @property
+    def series(self) -> str:
+        """What the arm is a point of: its method, and the order it visits blocks in where that is not the published one."""
+        order = getattr(self.method, "visiting_order", "descending")
+        return self.method.name if order == "descending" else f"{self.method.name} {order}"
+
+    @property
     def label(self) -> str:
-        """Method and density, or what it has in place of one, as the tables name it."""
+        """Series and density, or what it has in place of one, as the tables name it."""
         knob = self.target
         if knob is None:
             lite = isinstance(self.method, LiteAttention)
             knob = self.method.threshold if lite else self.method.epsilon
-        return f"{self.method.name} {knob:g}"
+        return f"{self.series} {knob:g}"
 
     def schedule(self, steps: int) -> Schedule:
         """A method that searches in a dense call of its own gets one scheduled step less."""
@@ -101,7 +108,11 @@ def arms() -> Iterator[Arm]:
             None,
         )
     for threshold in THRESHOLDS:
-        yield Arm(LiteAttention(threshold=threshold, tile=(BLOCK, BLOCK)), None)
+        for order in ("descending", "centre-out"):
+            lite = LiteAttention(threshold=threshold, tile=(BLOCK, BLOCK), visiting_order=order)
+            yield Arm(lite, None)
+    for density in LITE_DENSITIES:
+        yield Arm(Random(density=density), density)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -217,6 +228,7 @@ def _run_arm(
     return {
         "label": arm.label,
         "method": method.name,
+        "series": arm.series,
         "target": arm.target,
         "parameters": method.parameters(),
         "schedule": str(schedule),

@@ -19,6 +19,7 @@ COLOURS = {
     "sparse_vdit": "#e69f00",
     "draft_attention": "#d55e00",
     "lite_attention": "#cc79a7",
+    "lite_attention centre-out": "#f0e442",
     "random": "#999999",
 }
 
@@ -62,15 +63,19 @@ def table(result: dict) -> list[str]:
         f"{result['call']['num_inference_steps']} steps of which {result['dense_share']:.0%} dense, "
         f"{result['device']}, torch {result['torch']}, {result['date']}.",
         "",
-        f"| method | density | {' | '.join(METRICS[m] for m in metrics)} | attention error | PSNR less auto's at this density (95 %) |",
-        "|---|---|" + "---|" * (len(metrics) + 2),
+        f"| method | density | {' | '.join(METRICS[m] for m in metrics)} | attention error | PSNR less auto's at this density (95 %) "
+        "| PSNR less that of random blocks |",
+        "|---|---|" + "---|" * (len(metrics) + 3),
     ]
-    auto = [a for a in result["arms"] if a["method"] == "auto"]
+    auto, random = ([a for a in result["arms"] if a["method"] == m] for m in ("auto", "random"))
     for arm in sorted(result["arms"], key=lambda a: (-(a["target"] or 0), -mean(a, "psnr"))):
         values = " | ".join(f"{mean(arm, m):.{2 if m == 'psnr' else 4}f}" for m in metrics)
-        difference = "" if arm in auto else paired(arm, auto, "psnr", result["seeds"])
+        to_auto, to_random = (
+            "" if arm in line else paired(arm, line, "psnr", result["seeds"])
+            for line in (auto, random)
+        )
         lines.append(
-            f"| {arm['label']} | {arm['density']:.3f} | {values} | {arm['attention_error']:.3f} | {difference} |"
+            f"| {arm['label']} | {arm['density']:.3f} | {values} | {arm['attention_error']:.3f} | {to_auto} | {to_random} |"
         )
     return [*lines, ""]
 
@@ -101,12 +106,13 @@ def mean(arm: dict, metric: str) -> float:
     return mean_of([clip[metric] for clip in arm["clips"]])
 
 
-def paired(arm: dict, auto: list[dict], metric: str, seeds: int) -> str:
-    """Mean difference clip by clip, with a bootstrap interval over the prompts; empty far from `auto`'s densities.
+def paired(arm: dict, others: list[dict], metric: str, seeds: int) -> str:
+    """Mean difference to another method clip by clip, with a bootstrap interval over the prompts.
 
-    Budgets round differently, so `auto`'s clips are interpolated between the two of its densities on either side.
+    Budgets round differently, so the clips of the `others` are interpolated between the two of their densities on either
+    side; empty far from all of these.
     """
-    line = sorted(auto, key=lambda a: a["density"])
+    line = sorted(others, key=lambda a: a["density"])
     slack = 0.02  # past the ends of the line
     if (
         len(line) < 2
@@ -142,7 +148,7 @@ def picture(results: list[dict], path: Path) -> None:
     for panel, result in zip(axes[0], results, strict=True):
         lines = defaultdict(list)
         for arm in result["arms"]:
-            lines[arm["method"]].append((arm["density"], mean(arm, "psnr")))
+            lines[arm["series"]].append((arm["density"], mean(arm, "psnr")))
         for name, colour in COLOURS.items():
             if name in lines:
                 x, y = zip(*sorted(lines[name]), strict=True)

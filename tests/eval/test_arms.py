@@ -5,7 +5,13 @@ import torch
 
 import sparsediff
 from sparsediff.eval.arms import asked_density, check_arms, parse_arm, random_twin, sparse_arm
-from sparsediff.eval.dense_backends import EXACT, attention_backend, best_backend, own_backend
+from sparsediff.eval.dense_backends import (
+    EXACT,
+    attention_backend,
+    backend_seconds,
+    best_backend,
+    own_backend,
+)
 from sparsediff.eval.literals import parse_value, split_outside_brackets
 from sparsediff.methods import METHODS, Auto
 from sparsediff.testing import random_wan_pipeline
@@ -127,6 +133,14 @@ def test_a_cpu_has_one_dense_backend_and_says_so(pipe):
     backend, note = best_backend(pipe, CALL)
     assert backend is None
     assert "CPU" in note
+
+
+def test_every_exact_backend_that_runs_here_is_timed(pipe):
+    """On a CPU too, where the choice itself is never made; nothing is decoded, and whatever cannot run is left out."""
+    seconds = backend_seconds(pipe, CALL)
+    assert {None, "native"} <= seconds.keys() <= {None, *EXACT}
+    assert "_flash_3" not in seconds
+    assert min(seconds.values()) > 0
 
 
 def test_values_and_lists_as_people_type_them():

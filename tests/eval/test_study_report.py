@@ -14,6 +14,7 @@ def arm(method, density, psnr, target=None, error=0.1):
     return {
         "label": f"{method} {density}",
         "method": method,
+        "series": method,
         "target": target,
         "density": density,
         "attention_error": error,
