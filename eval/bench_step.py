@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -114,7 +115,11 @@ def measure(
         if kernel is not None and device.type != "cuda":
             continue
         try:
-            with sdpa_kernel(kernel) if kernel is not None else contextlib.nullcontext():
+            with (
+                sdpa_kernel(kernel) if kernel is not None else contextlib.nullcontext(),
+                # Its key does not tell these kernels apart: the second would run on the first one's.
+                torch._functorch.config.patch(enable_autograd_cache=False),
+            ):
                 record = _settled("dense", step, device) | {"kernel": name}
         except RuntimeError as error:  # no such kernel for this mask, head size or device
             unavailable[name] = str(error).splitlines()[0]

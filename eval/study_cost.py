@@ -195,7 +195,8 @@ def _made_up(method: CalibratedMethod, grid: TokenGrid, heads: int) -> Calibrati
             # every mode, the one that reorders first
             "modes": ((torch.arange(heads) + MULTI) % len(MODES))
             .to(torch.uint8)
-            .expand(method.bins, 1, -1),
+            .expand(method.bins, 1, -1)
+            .contiguous(),
             "stripes": bits(method.bins, 1, heads, blocks),
         }
     layout = ModelLayout(transformers={}, layers=(LAYER,), heads=heads, head_dim=HEAD_DIM)

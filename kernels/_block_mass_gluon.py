@@ -17,12 +17,15 @@ def block_mass(
     *,
     scale: float,
     lse: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
 ) -> Tensor:
     """Same contract as `block_scores.block_mass_reference`, in one pass with or without `lse`."""
     batch, seq_q, heads, head_dim = query.shape
     (bq, bk), seq_k, device = block_size, key.shape[1], query.device
     mq, nk = -(-seq_q // bq), -(-seq_k // bk)
-    mass = torch.empty(batch, heads, mq, nk, device=device)
+    # Blocks that hold padding alone are not visited.
+    make = torch.empty if kv_lengths is None else torch.zeros
+    mass = make(batch, heads, mq, nk, device=device)
     if mass.numel() == 0:
         return mass
     row_tiles, tiles = -(-seq_q // ROWS.value), -(-seq_k // COLUMNS.value)
@@ -36,6 +39,7 @@ def block_mass(
         tma_descriptor(key, COLUMNS.value, block_d),
         # a pointer that its flag switches off still has to be a tensor
         mass if lse is None else lse.contiguous(),
+        mass.view(torch.int32) if kv_lengths is None else kv_lengths,
         space,
         mass,
         scale,
@@ -45,13 +49,13 @@ def block_mass(
         mq,
         nk,
         row_tiles,
-        tiles,
         items,
         RING=hopper_mass_ring(block_d),
         BLOCK_D=block_d,
         Q_BLOCK=bq,
         KV_BLOCK=bk,
         OWN_LSE=lse is None,
+        HAS_LENGTHS=kv_lengths is not None,
         num_warps=4,
         # 5 x 128 threads share 64k registers at the start; the consumers then take 112 each
         maxnreg=96,

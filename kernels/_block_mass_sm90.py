@@ -37,6 +37,15 @@ def _meet_pair(PAIR: gl.constexpr):
 
 
 @gluon.jit
+def _visible_keys(kv_lengths_ptr, i_b, seq_k, HAS_LENGTHS: gl.constexpr):
+    """How many keys of a sample count."""
+    length = seq_k
+    if HAS_LENGTHS:
+        length = gl.minimum(gl.load(kv_lengths_ptr + i_b), seq_k)
+    return length
+
+
+@gluon.jit
 def _producer(
     q_desc,
     k_desc,
@@ -46,11 +55,13 @@ def _producer(
     q_empty,
     full,
     empty,
+    kv_lengths_ptr,
     num_heads,
+    seq_k,
     row_tiles,
-    tiles,
     num_items,
     RING: gl.constexpr,
+    HAS_LENGTHS: gl.constexpr,
 ):
     turn = 0
     q_phase = 1
@@ -58,6 +69,7 @@ def _producer(
         i_bh = t // row_tiles
         i_b = i_bh // num_heads
         i_h = i_bh % num_heads
+        tiles = gl.cdiv(_visible_keys(kv_lengths_ptr, i_b, seq_k, HAS_LENGTHS), COLUMNS)
         start = (t % row_tiles) * ROWS
         for w in gl.static_range(4):
             mbarrier.wait(q_empty.index(w), q_phase)
@@ -123,21 +135,23 @@ def _consumer(
     full,
     empty,
     lse_ptr,
+    kv_lengths_ptr,
     space_ptr,
     mass_ptr,
     scale,
+    num_heads,
     seq_q,
     seq_k,
     q_blocks,
     kv_blocks,
     row_tiles,
-    tiles,
     num_items,
     RING: gl.constexpr,
     BLOCK_D: gl.constexpr,
     Q_BLOCK: gl.constexpr,
     KV_BLOCK: gl.constexpr,
     OWN_LSE: gl.constexpr,
+    HAS_LENGTHS: gl.constexpr,
     GROUP: gl.constexpr,
 ):
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
@@ -146,8 +160,8 @@ def _consumer(
     PARTS: gl.constexpr = COLUMNS // KV_BLOCK
     # What a tile leaves of the pair's 128 rows: a number a row, or a number a warp
     WIDTH: gl.constexpr = PAIR_ROWS if OWN_LSE else PAIR_ROWS // 16
-    columns = tiles * PARTS
-    p_space = space_ptr + (gl.program_id(0) * 2 + PAIR).to(gl.int64) * (columns + 1) * WIDTH
+    room = gl.cdiv(seq_k, COLUMNS) * PARTS + 1
+    p_space = space_ptr + (gl.program_id(0) * 2 + PAIR).to(gl.int64) * room * WIDTH
     o_row = (GROUP % 2) * 64 + gl.arange(0, 64, layout=ROW)
     o_space = o_row if OWN_LSE else o_row // 16
     q_smem = q_bufs.index(GROUP).reshape([64, BLOCK_D])
@@ -156,6 +170,8 @@ def _consumer(
     q_phase = 0
     for t in range(gl.program_id(0), num_items, gl.num_programs(0)):
         i_bh = t // row_tiles
+        length = _visible_keys(kv_lengths_ptr, i_bh // num_heads, seq_k, HAS_LENGTHS)
+        tiles = gl.cdiv(length, COLUMNS)
         first_row = (t % row_tiles) * ROWS + PAIR * PAIR_ROWS
         o_m = first_row + o_row
         if OWN_LSE:
@@ -178,9 +194,9 @@ def _consumer(
             b_s = warpgroup_mma_wait(0, deps=(b_s,))
             mbarrier.arrive(empty.index(stage), count=1)
             turn += 1
-            if (j + 1) * COLUMNS > seq_k:
+            if (j + 1) * COLUMNS > length:
                 o_n = j * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, S_LAYOUT))
-                b_s = gl.where((o_n < seq_k)[None, :], b_s, float("-inf"))
+                b_s = gl.where((o_n < length)[None, :], b_s, float("-inf"))
             if OWN_LSE:
                 b_m_new = gl.maximum(b_m, gl.max(b_s, 1) * qk_scale)
                 b_l *= gl.exp2(b_m - b_m_new)
@@ -202,7 +218,7 @@ def _consumer(
             gl.store(p_left, b_norm)
         _meet_pair(PAIR)
         _finish(
-            p_space, mass_ptr, i_bh, first_row, columns, q_blocks, kv_blocks,
+            p_space, mass_ptr, i_bh, first_row, tiles * PARTS, q_blocks, kv_blocks,
             OWN_LSE, Q_BLOCK, WIDTH, GROUP % 2,
         )  # fmt: skip
         _meet_pair(PAIR)
@@ -218,7 +234,6 @@ def _consumer(
         "q_blocks",
         "kv_blocks",
         "row_tiles",
-        "tiles",
         "num_items",
     ]
 )
@@ -226,6 +241,7 @@ def block_mass_sm90(
     q_desc,
     k_desc,
     lse_ptr,
+    kv_lengths_ptr,
     space_ptr,
     mass_ptr,
     scale,
@@ -235,20 +251,21 @@ def block_mass_sm90(
     q_blocks,
     kv_blocks,
     row_tiles,
-    tiles,
     num_items,
     RING: gl.constexpr,
     BLOCK_D: gl.constexpr,
     Q_BLOCK: gl.constexpr,
     KV_BLOCK: gl.constexpr,
     OWN_LSE: gl.constexpr,
+    HAS_LENGTHS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """Mass of blocks of `Q_BLOCK x KV_BLOCK` tokens, each 64 or 128, into `float32 [B, H, Mq, Nk]`.
 
     Descriptors are over `[B, H, S, D]` views: `[1, 1, 64, BLOCK_D]` boxes of queries, `[1, 1, 128, BLOCK_D]` of keys.
-    `lse_ptr` `float32 [B, H, Sq]` is not read with `OWN_LSE`.  `space_ptr` is
-    `float32 [programs, 2, tiles * 128 / KV_BLOCK + 1, WIDTH]` with `WIDTH` 128 with `OWN_LSE` and 8 otherwise.
+    `lse_ptr` `float32 [B, H, Sq]` is not read with `OWN_LSE`.  With `HAS_LENGTHS` keys from `kv_lengths_ptr` `int32 [B]`
+    on are not looked at, and nothing is written for blocks that have no others.  `space_ptr` is `float32 [programs, 2,
+    tiles * 128 / KV_BLOCK + 1, WIDTH]`: tiles of 128 keys, `WIDTH` 128 with `OWN_LSE` and 8 otherwise.
     """
     q_bufs = gl.allocate_shared_memory(q_desc.dtype, [4, 1, 1, 64, BLOCK_D], q_desc.layout)
     k_bufs = gl.allocate_shared_memory(k_desc.dtype, [RING, 1, 1, COLUMNS, BLOCK_D], k_desc.layout)
@@ -268,36 +285,40 @@ def block_mass_sm90(
             (
                 _consumer,
                 (
-                    q_bufs, k_bufs, q_full, q_empty, full, empty, lse_ptr, space_ptr, mass_ptr, scale, seq_q, seq_k,
-                    q_blocks, kv_blocks, row_tiles, tiles, num_items, RING, BLOCK_D, Q_BLOCK, KV_BLOCK, OWN_LSE, 0,
+                    q_bufs, k_bufs, q_full, q_empty, full, empty, lse_ptr, kv_lengths_ptr, space_ptr, mass_ptr, scale,
+                    num_heads, seq_q, seq_k, q_blocks, kv_blocks, row_tiles, num_items, RING, BLOCK_D, Q_BLOCK, KV_BLOCK,
+                    OWN_LSE, HAS_LENGTHS, 0,
                 ),
             ),
             (
                 _consumer,
                 (
-                    q_bufs, k_bufs, q_full, q_empty, full, empty, lse_ptr, space_ptr, mass_ptr, scale, seq_q, seq_k,
-                    q_blocks, kv_blocks, row_tiles, tiles, num_items, RING, BLOCK_D, Q_BLOCK, KV_BLOCK, OWN_LSE, 1,
+                    q_bufs, k_bufs, q_full, q_empty, full, empty, lse_ptr, kv_lengths_ptr, space_ptr, mass_ptr, scale,
+                    num_heads, seq_q, seq_k, q_blocks, kv_blocks, row_tiles, num_items, RING, BLOCK_D, Q_BLOCK, KV_BLOCK,
+                    OWN_LSE, HAS_LENGTHS, 1,
                 ),
             ),
             (
                 _consumer,
                 (
-                    q_bufs, k_bufs, q_full, q_empty, full, empty, lse_ptr, space_ptr, mass_ptr, scale, seq_q, seq_k,
-                    q_blocks, kv_blocks, row_tiles, tiles, num_items, RING, BLOCK_D, Q_BLOCK, KV_BLOCK, OWN_LSE, 2,
+                    q_bufs, k_bufs, q_full, q_empty, full, empty, lse_ptr, kv_lengths_ptr, space_ptr, mass_ptr, scale,
+                    num_heads, seq_q, seq_k, q_blocks, kv_blocks, row_tiles, num_items, RING, BLOCK_D, Q_BLOCK, KV_BLOCK,
+                    OWN_LSE, HAS_LENGTHS, 2,
                 ),
             ),
             (
                 _consumer,
                 (
-                    q_bufs, k_bufs, q_full, q_empty, full, empty, lse_ptr, space_ptr, mass_ptr, scale, seq_q, seq_k,
-                    q_blocks, kv_blocks, row_tiles, tiles, num_items, RING, BLOCK_D, Q_BLOCK, KV_BLOCK, OWN_LSE, 3,
+                    q_bufs, k_bufs, q_full, q_empty, full, empty, lse_ptr, kv_lengths_ptr, space_ptr, mass_ptr, scale,
+                    num_heads, seq_q, seq_k, q_blocks, kv_blocks, row_tiles, num_items, RING, BLOCK_D, Q_BLOCK, KV_BLOCK,
+                    OWN_LSE, HAS_LENGTHS, 3,
                 ),
             ),
             (
                 _producer,
                 (
-                    q_desc, k_desc, q_bufs, k_bufs, q_full, q_empty, full, empty, num_heads, row_tiles, tiles,
-                    num_items, RING,
+                    q_desc, k_desc, q_bufs, k_bufs, q_full, q_empty, full, empty, kv_lengths_ptr, num_heads, seq_k,
+                    row_tiles, num_items, RING, HAS_LENGTHS,
                 ),
             ),
         ],

@@ -427,7 +427,7 @@ def block_sparse_fwd_8bit_sm90(
                 (
                     q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, q_empty, full, empty, work, work_full,
                     work_empty, kv_num_blocks_ptr, kv_indices_ptr, order_ptr, draw_ptr, stride_ib, stride_ih,
-                    num_heads, q_blocks, kv_blocks, num_rows, RING, BLOCK_N, FP8_PV,
+                    num_heads, q_blocks, kv_blocks, num_rows, RING, BLOCK_N, False, FP8_PV,
                 ),
             ),
         ],

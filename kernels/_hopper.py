@@ -234,13 +234,22 @@ def produce(
     num_rows,
     RING: gl.constexpr,
     BLOCK_N: gl.constexpr,
+    CHAINED: gl.constexpr,
     V_TRANSPOSED: gl.constexpr,
 ):
-    """Follow the lists with TMA: stage j of the ring gets K[j] and V[j-1]; with `V_TRANSPOSED` V is `[B, H, D, S]`."""
+    """Follow the lists with TMA: stage j of the ring gets K[j] and V[j-1].
+
+    With `CHAINED` that holds from one row to the next, too: the last V of a row comes with the first K of the next one.
+    Otherwise a row ends with a V alone.  With `V_TRANSPOSED` V is `[B, H, D, S]`.
+    """
     K_BYTES: gl.constexpr = k_desc.block_type.nbytes
     V_BYTES: gl.constexpr = v_desc.block_type.nbytes
     turn = 0
     rows = 0
+    # The V that is still to come
+    v_b = 0
+    v_h = 0
+    v_n = 0
     item = draw(gl.program_id(0), order_ptr, kv_num_blocks_ptr, num_rows)
     while item >= 0:
         hand_over(item, work, work_full, work_empty, rows & 1, (rows >> 1) & 1)
@@ -250,18 +259,22 @@ def produce(
         # An empty row runs one masked tile; what its list names is arbitrary.
         current = gl.where(count > 0, gl.load(p_list + gl.maximum(count - 1, 0)), 0)
         following = gl.load(p_list + gl.maximum(count - 2, 0))
+        if CHAINED:
+            _load_queries(q_desc, q_bufs, q_full, q_empty, i_b, i_h, i_m, rows)
         stage = turn % RING
         mbarrier.wait(empty.index(stage), ((turn // RING) & 1) ^ 1)
-        mbarrier.expect(full.index(stage), K_BYTES)
+        if CHAINED and rows > 0:
+            mbarrier.expect(full.index(stage), K_BYTES + V_BYTES)
+            _load_values(
+                v_desc, v_bufs.index(stage), full.index(stage), v_b, v_h, v_n, V_TRANSPOSED
+            )
+        else:
+            mbarrier.expect(full.index(stage), K_BYTES)
         tma.async_copy_global_to_shared(
             k_desc, [i_b, i_h, current * BLOCK_N, 0], full.index(stage), k_bufs.index(stage)
         )
-        for w in gl.static_range(2):
-            mbarrier.wait(q_empty.index(w), (rows & 1) ^ 1)
-            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                q_desc, [i_b, i_h, i_m * 128 + w * 64, 0], q_full.index(w), q_bufs.index(w)
-            )
+        if not CHAINED:
+            _load_queries(q_desc, q_bufs, q_full, q_empty, i_b, i_h, i_m, rows)
         turn += 1
         # The consumers have a tile to work on while the next draw is on its way.
         t = gl.num_programs(0) + gl.atomic_add(draw_ptr, 1)
@@ -286,18 +299,47 @@ def produce(
             current = following
             following = after
             turn += 1
-        stage = turn % RING
-        mbarrier.wait(empty.index(stage), ((turn // RING) & 1) ^ 1)
-        mbarrier.expect(full.index(stage), V_BYTES)
-        _load_values(
-            v_desc,
-            v_bufs.index(stage),
-            full.index(stage),
-            i_b,
-            i_h,
-            current * BLOCK_N,
-            V_TRANSPOSED,
-        )
-        turn += 1
+        v_b = i_b
+        v_h = i_h
+        v_n = current * BLOCK_N
+        if not CHAINED:
+            _load_last(
+                v_desc, v_bufs, full, empty, v_b, v_h, v_n, turn, RING, V_BYTES, V_TRANSPOSED
+            )
+            turn += 1
         rows += 1
+    if CHAINED and rows > 0:
+        _load_last(v_desc, v_bufs, full, empty, v_b, v_h, v_n, turn, RING, V_BYTES, V_TRANSPOSED)
     hand_over(item, work, work_full, work_empty, rows & 1, (rows >> 1) & 1)
+
+
+@gluon.jit
+def _load_queries(q_desc, q_bufs, q_full, q_empty, i_b, i_h, i_m, rows):
+    """Both warpgroups' rows of a query block."""
+    for w in gl.static_range(2):
+        mbarrier.wait(q_empty.index(w), (rows & 1) ^ 1)
+        mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            q_desc, [i_b, i_h, i_m * 128 + w * 64, 0], q_full.index(w), q_bufs.index(w)
+        )
+
+
+@gluon.jit
+def _load_last(
+    v_desc,
+    v_bufs,
+    full,
+    empty,
+    i_b,
+    i_h,
+    start,
+    turn,
+    RING: gl.constexpr,
+    V_BYTES: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+):
+    """A stage that holds a V alone."""
+    stage = turn % RING
+    mbarrier.wait(empty.index(stage), ((turn // RING) & 1) ^ 1)
+    mbarrier.expect(full.index(stage), V_BYTES)
+    _load_values(v_desc, v_bufs.index(stage), full.index(stage), i_b, i_h, start, TRANSPOSED)

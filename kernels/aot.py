@@ -178,12 +178,12 @@ def hopper_attention(
     from sparsediff.kernels._block_sparse_sm90 import block_sparse_fwd_sm90
 
     block_d = 64 if head_dim == 64 else 128
-    ring, alias = hopper_ring(block_n, block_d)
+    ring = hopper_ring(block_n, block_d)
     constants = {
         "RING": ring,
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
-        "ALIAS": alias,
+        "HEAD_DIM": head_dim,
         "HAS_LENGTHS": lengths,
         **_byproduct_flags(byproducts, lse_prev),
     }
@@ -193,7 +193,6 @@ def hopper_attention(
             ("q_desc", 64),
             ("k_desc", block_n),
             ("v_desc", block_n),
-            ("out_desc", 64),
         )
     }
     flags = (("byproducts", byproducts), ("lengths", lengths), ("lse_prev", lse_prev))
@@ -231,7 +230,7 @@ def _byproduct_flags(on: bool, lse_prev: bool = False) -> dict[str, bool]:
 
 
 def hopper_mass(
-    dtype: str, head_dim: int, block_size: tuple[int, int], *, own_lse: bool
+    dtype: str, head_dim: int, block_size: tuple[int, int], *, own_lse: bool, lengths: bool = False
 ) -> Compiled:
     """Compile the Hopper kernel for exact block mass."""
     from sparsediff.kernels._block_mass_sm90 import block_mass_sm90
@@ -243,10 +242,15 @@ def hopper_mass(
         "Q_BLOCK": block_size[0],
         "KV_BLOCK": block_size[1],
         "OWN_LSE": own_lse,
+        "HAS_LENGTHS": lengths,
     }
     boxes = {"q_desc": (dtype, 64, block_d), "k_desc": (dtype, 128, block_d)}
-    name = (
-        f"mass {dtype} D{head_dim} {block_size[0]}x{block_size[1]}{' own lse' if own_lse else ''}"
+    flags = (("own lse", own_lse), ("lengths", lengths))
+    name = " ".join(
+        [
+            f"mass {dtype} D{head_dim} {block_size[0]}x{block_size[1]}",
+            *(k for k, on in flags if on),
+        ]
     )
     return _compile_gluon(name, block_mass_sm90, boxes, constants, maxnreg=96)
 
@@ -271,6 +275,7 @@ def _compile_gluon(
         **dict.fromkeys(("order_ptr", "draw_ptr"), "*i32"),
         **dict.fromkeys(("lse_ptr", "lse_prev_ptr", "mass_ptr", "space_ptr"), "*fp32"),
         **dict.fromkeys(("q_scale_ptr", "k_scale_ptr", "v_scale_ptr", "error_ptr"), "*fp32"),
+        "out_ptr": f"*{boxes['q_desc'][0]}",
         "vote_ptr": "*u8",
         "scale": "fp32",
         "vote_threshold": "fp32",
@@ -364,6 +369,8 @@ def every_kernel(arch: str) -> Iterator[Compiled]:
             yield hopper_8bit("bf16", fp8_pv=fp8_pv, byproducts=byproducts)
         for head_dim, block, own_lse in product((64, 128), (64, 128), (False, True)):
             yield hopper_mass("bf16", head_dim, (block, block), own_lse=own_lse)
+        for own_lse in (False, True):
+            yield hopper_mass("bf16", 128, (128, 128), own_lse=own_lse, lengths=True)
 
 
 def few_kernels(arch: str) -> Iterator[Compiled]:

@@ -128,12 +128,8 @@ def block_mass(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     call = (query.device, query.dtype, query.shape[-1], tuple(block_size))
     if query.is_cuda and not _why_not_triton(*call):
-        # The Hopper kernel takes no lengths.
-        if kv_lengths is None and not _why_not_gluon(*call):
-            return block_mass_gluon(query, key, block_size, scale=scale, lse=lse)
-        return block_mass_triton(
-            query, key, block_size, scale=scale, lse=lse, kv_lengths=kv_lengths
-        )
+        run = block_mass_triton if _why_not_gluon(*call) else block_mass_gluon
+        return run(query, key, block_size, scale=scale, lse=lse, kv_lengths=kv_lengths)
     return block_mass_reference(
         query,
         key,
@@ -162,11 +158,14 @@ def block_mass_gluon(
     *,
     scale: float,
     lse: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
 ) -> Tensor:
     """`block_mass` on Hopper, in one pass whether there is an `lse` or not."""
     from sparsediff.kernels import _block_mass_gluon
 
-    return _block_mass_gluon.block_mass(query, key, block_size, scale=scale, lse=lse)
+    return _block_mass_gluon.block_mass(
+        query, key, block_size, scale=scale, lse=lse, kv_lengths=kv_lengths
+    )
 
 
 def block_mass_triton(
