@@ -24,6 +24,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="a bundled model, a folder, or a model id for diffusers",
     )
     flags.add_place_flags(parser)
+    flags.add_call_flags(
+        parser.add_argument_group(
+            "what the page begins with",
+            "the pipeline's own defaults if left out; a visitor may ask for twice the steps, pixels and frames",
+        )
+    )
     parser.add_argument(
         "--calibration",
         action="append",
@@ -46,7 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     Raises:
         ImportError: Gradio is not installed.
-        ValueError, OSError: no such model, calibration, host or port.
+        ValueError, OSError: no such model, calibration, host or port; or a model that the page cannot serve.
+        RuntimeError: the model could not be loaded.
     """
     if importlib.util.find_spec("gradio") is None:
         raise ImportError("the demo needs Gradio: pip install 'sparsediff[demo]'")
@@ -54,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--port must lie between 1 and 65535, got {arguments.port}")
     flags.quiet_libraries()
     print("starting, this takes a few seconds ...", flush=True)
+    defaults = {name: getattr(arguments, name) for name in flags.CALL_FLAGS}
     from sparsediff.demo.serve import serve
     from sparsediff.demo.studio import Studio
 
@@ -62,6 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         dtype=arguments.dtype,
         calibrations=tuple(arguments.calibration),
+        defaults={name: value for name, value in defaults.items() if value is not None},
     )
     with contextlib.closing(studio):
         serve(studio, host=arguments.host, port=arguments.port, share=arguments.share)

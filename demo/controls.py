@@ -13,7 +13,6 @@ from sparsediff.demo.presets import Preset, presets
 from sparsediff.demo.settings import Settings, changed
 from sparsediff.demo.studio import Studio
 from sparsediff.eval.compare import Request
-from sparsediff.eval.models import default_request
 from sparsediff.eval.suites import load_suite
 from sparsediff.methods import METHODS
 from sparsediff.pipelines import tiny
@@ -131,14 +130,13 @@ class Form:
 def build_form(studio: Studio) -> Form:
     """Lay out what everybody sets, where the caller is in the page; `build_more` lays out the rest."""
     form = Form(studio)
-    defaults = default_request(studio.model)
     form.prompt = gr.Textbox(
-        defaults.get("prompt", ""),
+        studio.defaults.get("prompt", ""),
         label="Prompt",
         lines=2,
         max_lines=6,
         elem_id="prompt",
-        placeholder="What the clip shows",
+        placeholder=f"What the {studio.served.noun} shows",
     )
     gr.Examples(
         [[text] for text in example_prompts(studio.model)],
@@ -159,9 +157,15 @@ def build_form(studio: Studio) -> Form:
 def build_more(form: Form) -> None:
     """Lay out what few people set."""
     studio = form.studio
-    with gr.Accordion("Clip: seed, steps, size", open=False, elem_id="clip-settings"):
-        _build_numbers(form, default_request(studio.model))
-        form.negative_prompt = gr.Textbox("", label="Negative prompt", elem_id="negative_prompt")
+    title = f"{studio.served.noun.capitalize()}: seed, steps, size"
+    with gr.Accordion(title, open=False, elem_id="clip-settings"):
+        _build_numbers(form)
+        form.negative_prompt = gr.Textbox(
+            studio.defaults.get("negative_prompt", ""),
+            label="Negative prompt",
+            elem_id="negative_prompt",
+            visible="negative_prompt" not in studio.fixed,
+        )
     with gr.Accordion("More parameters", open=False, elem_id="more"):
         for name in studio.methods:
             _build_parameters(form, name, main=False)
@@ -173,14 +177,18 @@ def build_more(form: Form) -> None:
         gr.Markdown(hint, elem_classes="sd-hint", elem_id="calibrate-hint")
 
 
-def _build_numbers(form: Form, defaults: Mapping[str, object]) -> None:
-    known = {"seed": 0, **defaults}
+def _build_numbers(form: Form) -> None:
+    known = {"seed": 0, **form.studio.defaults}
     labels = {"seed": "Seed", "steps": "Steps", "guidance": "Guidance", "height": "Height", "width": "Width", "frames": "Frames"}  # fmt: skip
     for row in (("seed", "steps", "guidance"), ("width", "height", "frames")):
         with gr.Row(elem_classes="sd-tight"):
             for name in row:
                 form.numbers[name] = gr.Number(
-                    known.get(name), label=labels[name], elem_id=name, min_width=80
+                    known.get(name),
+                    label=labels[name],
+                    elem_id=name,
+                    min_width=80,
+                    visible=name not in form.studio.fixed,
                 )
 
 

@@ -20,15 +20,14 @@ from sparsediff.demo.studio import Studio
 from sparsediff.demo.view import example, framed
 from sparsediff.demo.work import Result, all_methods, comparison, shared
 from sparsediff.eval.compare import Request
-from sparsediff.eval.models import default_request
 
 VISITORS = 16  # handlers that may wait for the pipeline at a time
 WAITING = 64  # requests that may queue for a handler
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError, RuntimeError)
 KEPT_NOTE = (
-    "The dense clip is kept: with another method or parameter only the sparse run is made again."
+    "The dense {} is kept: with another method or parameter only the sparse run is made again."
 )
-STUDY_NOTE = "Click a point of a plot to look at that method's clip."
+STUDY_NOTE = "Click a point of a plot to look at that method's {}."
 # A report beyond this is sent to the second tab only when somebody opens it.
 EAGER_CHARACTERS = 8 << 20
 NOTHING_YET = '<p class="sd-hint">Nothing yet: generate a comparison first.</p>'
@@ -59,6 +58,7 @@ class Page:
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
+        self.noun = studio.served.noun
         self.sessions = Sessions()
         with gr.Blocks(title="sparsediff", analytics_enabled=False) as self.blocks:
             self._build()
@@ -109,8 +109,8 @@ class Page:
         with gr.Row(elem_classes="sd-tight"):
             self.downloads = {
                 "report": gr.DownloadButton("Report (HTML)", interactive=False, elem_id="download-report"),
-                "dense": gr.DownloadButton("Dense clip", interactive=False, elem_id="download-dense"),
-                "sparse": gr.DownloadButton("Sparse clip", interactive=False, elem_id="download-sparse"),
+                "dense": gr.DownloadButton(f"Dense {self.noun}", interactive=False, elem_id="download-dense"),
+                "sparse": gr.DownloadButton(f"Sparse {self.noun}", interactive=False, elem_id="download-sparse"),
             }  # fmt: skip
         self.link = gr.Code("", language=None, label="The address with these settings", elem_id="link", interactive=False, lines=1, elem_classes="sd-code", wrap_lines=True)  # fmt: skip
         self.python = gr.Code("", language="python", label="In Python", elem_id="python", interactive=False, lines=1, elem_classes="sd-code", wrap_lines=True)  # fmt: skip
@@ -125,7 +125,7 @@ class Page:
         else:
             state, text = "loading", f"loading {studio.model} …"
         return (
-            '<div class="sd-top"><div><h1>sparsediff</h1><p>the same video with less attention, beside the dense one</p></div>'
+            f'<div class="sd-top"><div><h1>sparsediff</h1><p>the same {"video" if studio.served.video else "picture"} with less attention, beside the dense one</p></div>'
             f'<span class="sd-state {state}" role="status">{html.escape(text)}</span></div>'
         )
 
@@ -167,7 +167,7 @@ class Page:
         query = {k: v for k, v in dict(request.query_params).items() if not k.startswith("__")}
         if not query:
             return updates
-        defaults = Request(**{"prompt": "", **default_request(self.studio.model)})
+        defaults = Request(**{"prompt": "", **self.studio.defaults})
         try:
             settings = from_query(query, defaults, self.studio.methods)
         except USER_ERRORS as error:
@@ -187,7 +187,8 @@ class Page:
         limits = self.studio.limits
         if limits is not None:
             for name, component in self.form.numbers.items():
-                if name not in ("seed", "guidance") and data[component] is None:
+                own = name in ("seed", "guidance") or name in self.studio.fixed
+                if not own and data[component] is None:
                     updates[component] = getattr(limits.defaults, name)
         return updates
 
@@ -207,7 +208,9 @@ class Page:
     def compare(self, data: dict[object, object], request: gr.Request) -> Iterator[dict]:
         """The button of the first tab."""
         session = self.sessions.of(_visitor(request, "compare"))
-        at = Place(meter=self.meter, button=self.run, cancel=self.cancel, done=KEPT_NOTE)
+        at = Place(
+            meter=self.meter, button=self.run, cancel=self.cancel, done=KEPT_NOTE.format(self.noun)
+        )
 
         def show(result: Result) -> dict[object, object]:
             session.keep(result)
@@ -219,7 +222,10 @@ class Page:
         """The button of the third tab."""
         session = self.sessions.of(_visitor(request, "study"))
         at = Place(
-            meter=self.all_meter, button=self.run_all, cancel=self.cancel_all, done=STUDY_NOTE
+            meter=self.all_meter,
+            button=self.run_all,
+            cancel=self.cancel_all,
+            done=STUDY_NOTE.format(self.noun),
         )
 
         def show(result: Result) -> dict[object, object]:

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from PIL import Image
+
 from sparsediff.demo.studio import REPORT, SparseRun, Studio
 from sparsediff.eval.arms import DENSE, Arm
 from sparsediff.eval.clips import Reference, clip_result
@@ -19,7 +22,6 @@ from sparsediff.eval.run_folder import blank_arm, configuration
 from sparsediff.eval.suites import Suite
 from sparsediff.eval.video import write_mp4
 
-FPS = 16
 # What a visitor can wait for: optical flow takes minutes, and two clips of one scene flicker alike.
 METRICS = ("psnr", "ssim", "lpips", "st_lpips")
 # A page carries its clips; larger ones are linked.
@@ -47,7 +49,7 @@ class Record:
     @classmethod
     def begin(cls, studio: Studio, folder: Path, request: Request, arms: Sequence[Arm]) -> Record:
         """Nothing measured yet.  The caller has its turn: what is noted of the pipeline is noted of the stock one."""
-        possible, notes = choose(None, (request.height, request.width), request.frames)
+        possible, notes = choose(None, (request.height, request.width), request.frames or 1)
         metrics = tuple(name for name in METRICS if name in possible)
         call = request.arguments()
         for name in ("prompt", "generator", "output_type"):
@@ -59,7 +61,7 @@ class Record:
             "call": call,
             "configuration": configuration(studio.pipe, metrics, repeats=1),
             "model": studio.model,
-            "fps": FPS,
+            "fps": studio.served.fps,
             "notes": tuple(note for note in notes if "LPIPS" in note),
         }
         return cls(
@@ -85,6 +87,11 @@ class Record:
         """Where an arm's clip is."""
         return self.folder / CLIPS / arm.name / "0.mp4"
 
+    def handed_out(self, arm: Arm) -> Path:
+        """The file for people: the clip, or the picture without the losses of a film's compression."""
+        clip = self.clip(arm)
+        return clip if self.studio.served.video else clip.with_suffix(".png")
+
     def write_report(self) -> Path:
         """The evaluation's page of what is there so far."""
         return write_report(self.folder, out=self.folder / REPORT, max_bytes=PAGE_BYTES)
@@ -96,6 +103,9 @@ class Record:
     def _save(self, arm: Arm, made: Made, clip: ClipResult) -> None:
         path = self.clip(arm)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_mp4(path, made.video, FPS)
+        write_mp4(path, made.video, self.studio.served.fps)
+        if not self.studio.served.video:
+            pixels = (made.video[0] * 255).round().to(torch.uint8).numpy()
+            Image.fromarray(pixels).save(self.handed_out(arm))
         clip = dataclasses.replace(clip, video=path.relative_to(self.folder).as_posix())
         save_arm(self.folder, dataclasses.replace(self.blanks[arm.name], clips=(clip,)))

@@ -56,6 +56,7 @@ def serve(
 
     Raises:
         OSError: the port is taken.
+        RuntimeError: `block`, and the model could not be loaded: a page without one would serve nobody.
     """
     # Gradio's own search for a port forgets to close the sockets that it tries.
     port = _bound(host, port or 0)
@@ -78,8 +79,10 @@ def serve(
     print(f"sparsediff demo: {public or url}   (Ctrl-C ends it)", flush=True)
     if block:
         try:
+            studio.wait_until_loaded()
             page.blocks.block_thread()
         finally:
+            page.blocks.close(verbose=False)
             studio.close()
     return page, url
 

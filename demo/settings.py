@@ -151,8 +151,10 @@ def command(settings: Settings, model: str, place: Mapping[str, str | None]) -> 
     return shlex.join(words)
 
 
-def python_lines(settings: Settings, model: str, place: Mapping[str, str | None]) -> str:
-    """The lines of Python that make the sparse clip."""
+def python_lines(
+    settings: Settings, model: str, place: Mapping[str, str | None], *, output: str = "frames"
+) -> str:
+    """The lines of Python that make the sparse clip; `output`: what the pipeline calls it, `frames` or `images`."""
     request = settings.request
     call = {name: value for name, value in request.arguments().items() if name != "generator"}
     call = [f"{name}={value!r}" for name, value in call.items()]
@@ -170,7 +172,7 @@ def python_lines(settings: Settings, model: str, place: Mapping[str, str | None]
             "import sparsediff, torch",
             *_loading(model, place),
             f"handle = sparsediff.enable(pipe, {', '.join(enable)})",
-            f"video = pipe(\n{arguments}).frames",
+            f"{'video' if output == 'frames' else output} = pipe(\n{arguments}).{output}",
             "print(handle.summary())",
         ]
     )

@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,15 +21,16 @@ from sparsediff.adapter import Preset, adapter_for
 from sparsediff.calibration import Calibration
 from sparsediff.demo.forms import offered_methods
 from sparsediff.demo.jobs import Job, Turns
-from sparsediff.demo.limits import Limits, limits_of
+from sparsediff.demo.limits import Limits, fixed_fields, limits_of
 from sparsediff.demo.meters import StepPoint
+from sparsediff.demo.served import served
 from sparsediff.demo.settings import Settings
 from sparsediff.eval.arms import Arm, sparse_arm
 from sparsediff.eval.capture import Capture, capture
 from sparsediff.eval.compare import Request
 from sparsediff.eval.measure import Made, denoisers, generate, warm_up
 from sparsediff.eval.metrics import choose
-from sparsediff.eval.models import check_name, load_pipeline
+from sparsediff.eval.models import default_request, load_pipeline
 from sparsediff.progress import step_bar
 from sparsediff.report import RunReport
 
@@ -93,14 +94,22 @@ class DenseCache:
 class Studio:
     """A model and what may be done with it.
 
+    Attributes:
+        served: what is known of the pipeline's class.
+        defaults: fields of a `Request` that the page begins with.
+        fixed: fields of a `Request` that the pipeline's call has no argument for.
+
     Args:
         model: a bundled name, a folder or a model id.
         device, dtype: as `sparsediff.eval.models.load_pipeline` takes them.
         calibrations: folders of `sparsediff calibrate`, for methods that need one.
+        defaults: fields of a `Request` that the page begins with instead of the model's own; what a visitor may ask for
+            grows with them.
 
     Raises:
-        ValueError: no such model, or a calibration that is none.
-        OSError: a calibration that is not there.
+        ValueError: no such model or one that the page cannot serve, a default that it does not take, or a calibration that
+            is none.
+        OSError: a model or calibration that is not there.
     """
 
     def __init__(
@@ -110,9 +119,14 @@ class Studio:
         device: str | None = None,
         dtype: str | None = None,
         calibrations: tuple[str, ...] = (),
+        defaults: Mapping[str, object] | None = None,
     ) -> None:
-        check_name(model)
+        self.served = served(model)
         self.model = model
+        self.defaults = {**default_request(model), **(defaults or {})}
+        self.fixed = fixed_fields(self.served)
+        if wrong := sorted(self.fixed & self.defaults.keys()):
+            raise ValueError(f"{self.served.pipeline} takes no {', '.join(wrong)}; leave it out")
         self._asked = (device, dtype)
         self.calibrations = {Calibration.from_pretrained(f).method: f for f in calibrations}
         self.methods = offered_methods(frozenset(self.calibrations))
@@ -161,15 +175,16 @@ class Studio:
         """Load the model in the background; `wait_until_loaded` waits for it."""
         threading.Thread(target=self._load, daemon=True, name="sparsediff-demo-load").start()
 
-    def wait_until_loaded(self, job: Job) -> None:
-        """Until the model is there.
+    def wait_until_loaded(self, job: Job | None = None) -> None:
+        """Until the model is there, or nobody wants the job.
 
         Raises:
             Cancelled: while waiting.
             RuntimeError: it could not be loaded; the message says why.
         """
         while not self._loaded.wait(0.1):
-            job.check()
+            if job is not None:
+                job.check()
         if self.failure is not None:
             raise RuntimeError(f"The model could not be loaded: {self.failure}")
 
@@ -181,7 +196,7 @@ class Studio:
     def _load(self) -> None:
         try:
             pipe = load_pipeline(self.model, device=self._asked[0], dtype=self._asked[1])
-            self.limits = limits_of(pipe, self.model)
+            self.limits = limits_of(pipe, self.served, self.defaults)
             sparsediff.enable(
                 pipe
             ).disable()  # a model without an adapter is refused now, not at the first click
@@ -278,7 +293,7 @@ class Studio:
         )
         limits = self.limits
         tokens = (
-            (1 + (request.frames - 1) // limits.frame_step)
+            (1 + ((request.frames or 1) - 1) // limits.frame_step)
             * (request.height // limits.multiple)
             * (request.width // limits.multiple)
         )

@@ -25,7 +25,7 @@ class Result:
         folder: results as `sparsediff.eval.results` lays them out.
         settings: as they ran, with every size filled in.
         report: the evaluation's HTML page of them.
-        dense, sparse: clips; the sparse one is the last method's.
+        dense, sparse: clips or pictures; the sparse one is the last method's.
     """
 
     folder: Path
@@ -56,7 +56,9 @@ def shared(studio: Studio, settings: Settings) -> Shared:
     return Shared(
         query=to_query(settings),
         command=command(settings, studio.model, place),
-        python=python_lines(settings, studio.model, real),
+        python=python_lines(
+            settings, studio.model, real, output="frames" if studio.served.video else "images"
+        ),
     )
 
 
@@ -121,11 +123,11 @@ def comparison(studio: Studio, settings: Settings) -> Callable[[Job], None]:
                 dense = _dense(studio, job, asked.request, progress)
                 progress.begin("Sparse", arm.label)
                 run = studio.run_sparse(job, asked.request, arm, dense, progress.step)
-            progress.say("comparing the clips")
+            progress.say(f"comparing the {studio.served.noun}s")
             record.add_dense(dense)
             record.add_sparse(arm, run, dense)
             job.check()
-            job.tell(_result(record, asked, record.clip(arm)))
+            job.tell(_result(record, asked, record.handed_out(arm)))
 
     return work
 
@@ -154,7 +156,7 @@ def all_methods(studio: Studio, settings: Settings) -> Callable[[Job], None]:
                 progress.end()
                 record.add_sparse(arm, run, dense)
                 job.check()
-                job.tell(_result(record, asked, record.clip(arm)))
+                job.tell(_result(record, asked, record.handed_out(arm)))
 
     return work
 
@@ -180,6 +182,6 @@ def _result(record: Record, settings: Settings, sparse: Path) -> Result:
         folder=record.folder,
         settings=settings,
         report=record.write_report(),
-        dense=record.clip(DENSE),
+        dense=record.handed_out(DENSE),
         sparse=sparse,
     )

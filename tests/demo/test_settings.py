@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from sparsediff.demo.forms import method_fields, offered_methods
 from sparsediff.demo.limits import LARGEST_SEED, limits_of
+from sparsediff.demo.served import served
 from sparsediff.demo.settings import Settings, changed, command, from_query, python_lines, to_query
 from sparsediff.eval.cli import build_parser
 from sparsediff.eval.compare import Request
+from sparsediff.eval.models import default_request
 from sparsediff.pipelines import tiny
 from sparsediff.schedule import Schedule
 
@@ -139,7 +141,7 @@ def test_a_wrong_address_is_a_sentence(query, said):
 
 @pytest.fixture(scope="module")
 def limits():
-    return limits_of(tiny.load(), "tiny-wan")
+    return limits_of(tiny.load(), served("tiny-wan"), default_request("tiny-wan"))
 
 
 def test_limits_of_the_bundled_model(limits):
@@ -152,7 +154,8 @@ def test_limits_of_the_bundled_model(limits):
 
 
 def test_the_other_bundled_model_has_limits():
-    limits = limits_of(tiny.load("tiny-cogvideox"), "tiny-cogvideox")
+    name = "tiny-cogvideox"
+    limits = limits_of(tiny.load(name), served(name), default_request(name))
     assert limits.check(Request(prompt="a star")).height == 128
 
 
@@ -182,6 +185,15 @@ def test_what_cannot_be_served_is_a_sentence(limits, change, said):
     with pytest.raises(ValueError, match=re.escape(said)) as found:
         limits.check(dataclasses.replace(Request(prompt="a star"), **change))
     assert str(found.value).endswith(".")
+
+
+def test_defaults_given_at_the_start_move_the_bounds_with_them():
+    pipe, model = tiny.load(), served("tiny-wan")
+    limits = limits_of(pipe, model, {"steps": 30, "height": 256, "width": 256, "frames": 65})
+    assert (limits.steps, limits.side, limits.frames) == (60, 512, 129)
+    assert limits.check(Request(prompt="a star")).frames == 65
+    with pytest.raises(ValueError, match="Height must be a multiple of 8"):
+        limits_of(pipe, model, {"height": 130})
 
 
 def test_what_a_sentence_recommends_is_accepted(limits):

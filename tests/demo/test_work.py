@@ -1,6 +1,7 @@
 """Comparisons on a real pipeline: what they tell, what they leave, and that nothing is left behind."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -164,7 +165,8 @@ def test_a_schedule_of_ones_own_is_used(studio, settings):
 
 
 def test_a_model_that_cannot_be_loaded_says_why(tmp_path, settings):
-    (tmp_path / "model_index.json").write_text("{}")
+    index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))  # and no weights
     studio = Studio(str(tmp_path))
     studio.start_loading()
     with pytest.raises(RuntimeError, match="The model could not be loaded: "):
