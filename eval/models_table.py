@@ -6,10 +6,11 @@ Everything is read from the code (`sparsediff.pipelines.cards` and the adapters)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from sparsediff.adapter import ModelAdapter, Preset, adapter_of
-from sparsediff.pipelines.cards import ABSENT, CARDS, CONFORMANCE, NOT_SPARSE, REVISION, ModelCard
+from sparsediff.pipelines.cards import ABSENT, CARDS, CONFORMANCE, NOT_SPARSE, ModelCard
+from sparsediff.pipelines.releases import FLOOR, REVISION, installed, reaches, since
 
 INTRO = f"""\
 # Models
@@ -26,12 +27,17 @@ any class below, or its bare transformer, and refuses every other one with this 
   diffusers, keeping every block is within rounding, half density is finite and repeats, `disable()` restores, an odd size,
   every form of guidance, padding, LoRA, offload in either order, one graph under `torch.compile`.
 - **At real size**: pictures and speed of the published weights have not been looked at for any family, for want of the weights.
+- **Releases of diffusers**: {FLOOR} and later. Nearly everything below is in {FLOOR}; what is not says which release it came with,
+  and `sparsediff models` says what of it the installed one lacks. `make matrix` runs the checks in the oldest and the newest release.
 """
 
 
 def as_text() -> str:
-    """For a terminal."""
-    parts = [_text_card(card, adapter_of(card.transformer)) for card in CARDS]
+    """For a terminal: what the installed diffusers lacks is marked."""
+    parts = [
+        f"diffusers {installed()} is installed; the adapters were read in {REVISION}, and need {FLOOR} at least"
+    ]
+    parts += [_text_card(card, adapter_of(card.transformer)) for card in CARDS]
     parts.append(
         "Without an adapter (enable() refuses them):\n" + _lines(NOT_SPARSE.items(), "    {}: {}")
     )
@@ -63,7 +69,8 @@ def as_markdown() -> str:
 
 def _text_card(card: ModelCard, adapter: ModelAdapter) -> str:
     facts = {
-        "pipelines": ", ".join(card.pipelines) or "modular pipelines",
+        "not here": card.lacking,
+        "pipelines": _pipelines(card, "{}", lambda first: "" if reaches(first) else "not here: "),
         "tokens": card.tokens,
         "masks": _masks(adapter),
         "guidance": card.guidance,
@@ -83,10 +90,21 @@ def _row(card: ModelCard, adapter: ModelAdapter) -> str:
 
 
 def _details(card: ModelCard) -> str:
-    pipelines = ", ".join(f"`{name}`" for name in card.pipelines) or "modular pipelines"
+    pipelines = _pipelines(card, "`{}`")
     checks = ", ".join(f"`{name}`" for name in card.checked)
     note = f" {card.note}" if card.note else ""
-    return f"- **{card.family}** (`{card.transformer}`): {pipelines}. Checked as {checks}.{note}"
+    release = "" if card.since == FLOOR else f" In diffusers from {card.since} on."
+    return f"- **{card.family}** (`{card.transformer}`): {pipelines}. Checked as {checks}.{release}{note}"
+
+
+def _pipelines(card: ModelCard, form: str, remark: Callable[[str], str] = lambda _: "") -> str:
+    """Its pipelines, and the release that one came with, where that is later than the family's."""
+    later = {name: since(name) for name in card.pipelines if since(name) != card.since}
+    names = (
+        form.format(name) + (f" ({remark(later[name])}from {later[name]})" if name in later else "")
+        for name in card.pipelines
+    )
+    return ", ".join(names) or "modular pipelines"
 
 
 def _masks(adapter: ModelAdapter) -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparsediff.pipelines.releases import family_since, installed, reaches
+
 CONFORMANCE = "conformance tests on tiny random weights"
-REVISION = "0.42.1"  # of diffusers, that the lists below were read in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,18 @@ class ModelCard:
     checked: tuple[str, ...]
     real: str = "not yet"
     note: str = ""
+
+    @property
+    def since(self) -> str:
+        """The first release of diffusers that has it."""
+        return family_since(self.transformer, self.pipelines)
+
+    @property
+    def lacking(self) -> str:
+        """Why the installed diffusers does not have it; empty where it does."""
+        if reaches(self.since):
+            return ""
+        return f"{self.family} came with diffusers {self.since}, this is {installed()}; pip install -U diffusers"
 
 
 SEQUENTIAL, BATCHED = "one after the other", "in one batch"

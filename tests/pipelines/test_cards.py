@@ -12,7 +12,8 @@ import sparsediff.eval  # noqa: F401  (mapped folders)
 from sparsediff.adapter import ADAPTERS, adapter_of
 from sparsediff.eval.cli import main
 from sparsediff.eval.models_table import as_markdown, as_text
-from sparsediff.pipelines.cards import ABSENT, CARDS, NOT_SPARSE, REVISION
+from sparsediff.pipelines.cards import ABSENT, CARDS, NOT_SPARSE
+from sparsediff.pipelines.releases import REVISION
 
 ROOT = Path(__file__).parents[2]
 SOURCES = Path(diffusers.__file__).parent

@@ -1,97 +1,101 @@
 """What adapters rely on in diffusers: any change of it must be read before it is trusted.
 
-`upstream.json` holds, for each release that was read, the signature and the source hash of every attention processor,
-attention class and transformer that an adapter stands on.  After reading what changed, record it:
-
-    python tests/pipelines/test_upstream.py
+In the release that was read a change fails.  In another one it is listed, and the other tests of this folder say whether
+it matters.
 """
 
-import functools
-import hashlib
-import importlib.metadata
-import inspect
 import json
-import sys
-from pathlib import Path
 
 import pytest
+import upstream
 
-RECORD = Path(__file__).with_name("upstream.json")
-VERSION = importlib.metadata.version("diffusers")
-INSTRUCTION = (
-    "{what} of {name} is not what the adapters were written for. Read its source again: which modules attend over the "
-    "video, in which order tokens come, which masks they get, how often attention is called, and what pipelines/*.py says "
-    "about it. Mend the adapter, then record it: python tests/pipelines/test_upstream.py"
-)
+from sparsediff.pipelines.releases import REVISION, installed
 
-
-@functools.cache
-def classes() -> dict[str, type]:
-    """Every stock class that a family's tiny pipeline runs through on its way to attention."""
-    from families.registry import all_families
-
-    from sparsediff.adapter import adapter_for
-    from sparsediff.api import COMPONENTS
-
-    found = set()
-    for family in all_families():
-        pipe = family.build()
-        models = (getattr(pipe, name, None) for name in COMPONENTS)
-        for model in (m for m in models if m is not None):
-            adapter = adapter_for(model)
-            found.add(type(model))
-            # Processors that other checkpoints of the family, or fused projections, bring.
-            module = sys.modules[type(model).__module__]
-            found |= {getattr(module, name) for name in adapter.processors if hasattr(module, name)}
-            for _, attention, _ in adapter.attention_layers(model):
-                found |= {type(attention), type(attention.processor)}
-    return {f"{c.__module__}.{c.__qualname__}": c for c in found}
-
-
-def described(cls: type) -> dict[str, str]:
-    """How it is called, and a hash of all it does."""
-    call = cls.__call__ if "__call__" in vars(cls) else cls.forward
-    source = inspect.getsource(cls)
-    return {
-        "signature": ", ".join(inspect.signature(call).parameters),
-        "sha256": hashlib.sha256(source.encode()).hexdigest()[:16],
-    }
-
-
-def record() -> None:
-    """Write down what is installed."""
-    known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    known[VERSION] = {name: described(cls) for name, cls in sorted(classes().items())}
-    RECORD.write_text(json.dumps(known, indent=1) + "\n")
+NAME = "diffusers.models.transformers.transformer_wan.WanAttnProcessor"
 
 
 def test_stock_attention_is_what_was_read():
-    known = json.loads(RECORD.read_text())
-    if VERSION not in known:
+    changed = upstream.differences(upstream.read(), upstream.now())
+    words = upstream.in_words(changed)
+    if changed and installed() != upstream.REVISION:
         pytest.skip(
-            f"diffusers {VERSION} has not been read ({', '.join(known)} have); after reading it, run "
-            "python tests/pipelines/test_upstream.py"
+            f"in diffusers {installed()} {words}. `python tests/pipelines/upstream.py` shows each"
         )
-    known, installed = known[VERSION], {n: described(c) for n, c in classes().items()}
-    for name, now in installed.items():
-        assert name in known, f"{name} : " + INSTRUCTION.format(what="A class", name=name)
-        for what, value in now.items():
-            assert value == known[name][what], INSTRUCTION.format(what=f"The {what}", name=name)
-    assert not known.keys() - installed.keys(), "recorded, but no adapter stands on it any more"
+    assert not changed, f"{words}. {upstream.INSTRUCTION}"
 
 
-@pytest.mark.parametrize("what", ["signature", "sha256"])
-def test_a_change_upstream_fails_with_what_to_do(what, monkeypatch, tmp_path):
-    known = json.loads(RECORD.read_text())
-    if VERSION not in known:
-        pytest.skip(f"diffusers {VERSION} has not been read")
-    known[VERSION][min(known[VERSION])][what] = "something else"
-    changed = tmp_path / "upstream.json"
-    changed.write_text(json.dumps(known))
-    monkeypatch.setattr(sys.modules[__name__], "RECORD", changed)
-    with pytest.raises(AssertionError, match="Read its source again"):
+@pytest.fixture
+def recorded(monkeypatch, tmp_path):
+    """A record of what is installed, with one class as `change` leaves it."""
+
+    def planted(release, **change):
+        here = upstream.now()
+        here[NAME] = {**here[NAME], **change}
+        path = tmp_path / "upstream.json"
+        path.write_text(json.dumps({release: here}))
+        monkeypatch.setattr(upstream, "RECORD", path)
+        monkeypatch.setattr(upstream, "REVISION", release)
+
+    return planted
+
+
+@pytest.mark.parametrize(
+    ("what", "named"), [("signature", "signature and source"), ("sha256", "source")]
+)
+def test_a_change_in_the_release_that_was_read_fails_with_what_to_do(what, named, recorded):
+    recorded(installed(), **{what: "something else"})
+    with pytest.raises(AssertionError, match=rf"WanAttnProcessor \({named}\).*Read their sources"):
         test_stock_attention_is_what_was_read()
 
 
-if __name__ == "__main__":
-    record()
+def test_a_change_in_another_release_is_listed(recorded):
+    recorded("0.1", sha256="something else")
+    with pytest.raises(
+        pytest.skip.Exception, match=r"1 of \d+ .* 0\.1: WanAttnProcessor \(source\)\. `python"
+    ):
+        test_stock_attention_is_what_was_read()
+
+
+def test_nothing_changed_in_another_release_passes(recorded):
+    recorded("0.1")
+    test_stock_attention_is_what_was_read()
+
+
+def test_classes_that_came_or_went_are_named():
+    there = {"signature": "self", "sha256": "1"}
+    changed = upstream.differences({"a": there, "gone": there}, {"a": there, "come": there})
+    assert changed == {"come": "new", "gone": "not here"}
+
+
+def test_recording_wants_the_release_that_is_said_to_be_read(recorded):
+    recorded("0.1")
+    with pytest.raises(SystemExit, match=r"releases.py says that 0\.1 was read"):
+        upstream.main(["--record"])
+    recorded(installed(), sha256="something else")
+    upstream.main(["--record"])
+    assert upstream.read() == upstream.now()
+
+
+def test_the_change_of_a_source_is_shown_beside_its_adapter(tmp_path):
+    module, _, cls = NAME.rpartition(".")
+    for folder, line in (("old", "return 1"), ("new", "return 2")):
+        path = tmp_path / folder / (module.replace(".", "/") + ".py")
+        path.parent.mkdir(parents=True)
+        path.write_text(
+            f"X = 0\n\n\n@decorated\nclass {cls}:\n    def f(self):\n        {line}\n\n\nY = 0\n"
+        )
+    lines = list(upstream.explained({NAME: "source"}, tmp_path / "old", tmp_path / "new"))
+    assert lines[:2] == [f"\n{NAME}: source", "  read beside pipelines/wan.py"]
+    assert "-        return 1" in lines
+    assert "+        return 2" in lines
+    assert " @decorated" in lines
+    assert not [line for line in lines if "X = 0" in line or "Y = 0" in line]
+    assert upstream.source_in(tmp_path, "no.module.Here") == ""
+
+
+def test_the_command_says_it_in_one_line(capsys):
+    upstream.main(["--brief"])
+    said = capsys.readouterr().out.strip()
+    assert said.startswith(f"diffusers {installed()}: ")
+    assert "\n" not in said
+    assert ("all " in said) or installed() != REVISION

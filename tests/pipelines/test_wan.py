@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import sparsediff
 from sparsediff import Auto, DraftAttention, LiteAttention, Schedule, adapter
+from sparsediff.pipelines.releases import installed, reaches
 from sparsediff.testing import random_wan_pipeline
 
 VARIANTS = ("t2v", "t2v-2.2", "ti2v-2.2", "i2v", "vace")
@@ -369,6 +370,8 @@ def test_model_cpu_offload(first, monkeypatch):
 
 @pytest.mark.parametrize("first", ["enable", "offload"])
 def test_group_offload(first):
+    if not reaches("0.41") and torch.accelerator.current_accelerator() is None:
+        pytest.skip(f"diffusers {installed()} offloads groups of layers beside an accelerator only")
     pipe = random_wan_pipeline()
     with sparsediff.enable(pipe, HALF, schedule=SPARSE):
         expected = generate(pipe)

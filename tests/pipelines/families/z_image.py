@@ -1,5 +1,6 @@
 """Z-Image: one stream, image first, captions padded to 32; a mask only where captions of a batch differ in length."""
 
+import torch
 from families.registry import Family, embeddings, generator
 
 from sparsediff.testing import make_local, seeded
@@ -15,6 +16,9 @@ def build():
             dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=CHANNELS,
             axes_dims=[4, 6, 6], axes_lens=[256, 32, 32],
         ).eval()  # fmt: skip
+    # diffusers 0.38 leaves them to what is in memory, for weights to be loaded over.
+    for learned in (model.x_pad_token, model.cap_pad_token):
+        torch.nn.init.zeros_(learned)
     return diffusers.ZImagePipeline(
         transformer=make_local(model),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
