@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import gradio as gr
 
 from sparsediff.demo.forms import Field, method_fields, needs_calibration, schedule_fields
-from sparsediff.demo.presets import Preset, presets
+from sparsediff.demo.presets import AS_IT_COMES, Preset, presets
 from sparsediff.demo.settings import Settings, changed
 from sparsediff.demo.studio import Studio
 from sparsediff.eval.compare import Request
@@ -77,7 +78,6 @@ class Form:
         if numbers["seed"] is None:
             numbers["seed"] = 0
         method = data[self.method]
-        shown = {name: data[c] for name, c in self.parameters[method].items()}
         schedule = None
         if data[self.own_schedule]:
             schedule = changed(schedule_fields(), {n: data[c] for n, c in self.schedule.items()})
@@ -88,9 +88,19 @@ class Form:
                 **numbers,
             ),
             method=method,
-            parameters=changed(method_fields(method), shown),
+            parameters=self.read_parameters(data),
             schedule=schedule,
         )
+
+    def read_parameters(self, data: Mapping[object, object]) -> dict[str, object]:
+        """What the page says of the picked method's parameters, where it differs from their defaults.
+
+        Raises:
+            ValueError: something that is no value; the message names the field.
+        """
+        method = data[self.method]
+        shown = {name: data[c] for name, c in self.parameters[method].items()}
+        return changed(method_fields(method), shown)
 
     def write(self, settings: Settings) -> dict[object, object]:
         """Updates that make the page say so."""
@@ -112,14 +122,21 @@ class Form:
         for one in method_fields(method):
             value = parameters.get(one.name, one.default)
             updates[self.parameters[method][one.name]] = one.show(value)
-        return updates | self.show_method(method)
+        return updates | self.show_method(method, parameters)
 
-    def show_method(self, method: str) -> dict[object, object]:
-        """Show the parameters of this method, and no other's."""
-        labels = [p.label for p in presets(method, self.studio.presets)]
+    def show_method(
+        self, method: str, parameters: Mapping[str, object] | None
+    ) -> dict[object, object]:
+        """Show the parameters of this method and no other's, and the preset that these are, if any.
+
+        `parameters`: those that differ from their defaults; None if they are no values.
+        """
+        known = presets(method, self.studio.presets)
+        same = [p.label for p in known if p.parameters == parameters]
+        label = AS_IT_COMES if parameters == {} else next(iter(same), None)
         return {
             self.about: about_method(method),
-            self.preset: gr.update(choices=labels, value=None),
+            self.preset: gr.update(choices=[p.label for p in known], value=label),
         } | {
             column: gr.update(visible=name == method)
             for name, columns in self.groups.items()
@@ -138,16 +155,16 @@ def build_form(studio: Studio) -> Form:
         elem_id="prompt",
         placeholder=f"What the {studio.served.noun} shows",
     )
-    gr.Examples(
-        [[text] for text in example_prompts(studio.model)],
-        inputs=[form.prompt],
-        label="Try",
-        elem_id="examples",
-        cache_examples=False,
-    )
+    with gr.Column(elem_id="examples"):
+        gr.HTML('<p class="sd-hint">Try</p>')
+        for text in example_prompts(studio.model):
+            # Gradio's own examples are cut after so many letters, wherever the line ends.
+            gr.Button(text, size="sm").click(
+                None, None, form.prompt, js=f"() => {json.dumps(text)}", api_visibility="private"
+            )
     with gr.Row(elem_classes="sd-tight"):
         form.method = gr.Dropdown(list(studio.methods), value="auto", label="Method", elem_id="method", min_width=120)  # fmt: skip
-        form.preset = gr.Dropdown([p.label for p in presets("auto", ())], value=None, label="Preset", elem_id="preset", min_width=120)  # fmt: skip
+        form.preset = gr.Dropdown([p.label for p in presets("auto", ())], value=AS_IT_COMES, label="Preset", elem_id="preset", min_width=120)  # fmt: skip
     form.about = gr.HTML(about_method("auto"), elem_id="about-method")
     for name in studio.methods:
         _build_parameters(form, name, main=True)

@@ -118,12 +118,14 @@ class Page:
 
     def _header(self) -> str:
         studio = self.studio
+        # Where a folder lies is nobody's business.
+        name = Path(studio.model).name if Path(studio.model).is_dir() else studio.model
         if studio.failure is not None:
             state, text = "failed", f"not loaded: {studio.failure}"
         elif studio.loaded:
-            state, text = "ready", f"{studio.model} on {studio.device}"
+            state, text = "ready", f"{name} on {studio.device}"
         else:
-            state, text = "loading", f"loading {studio.model} …"
+            state, text = "loading", f"loading {name} …"
         return (
             f'<div class="sd-top"><div><h1>sparsediff</h1><p>the same {"video" if studio.served.video else "picture"} with less attention, beside the dense one</p></div>'
             f'<span class="sd-state {state}" role="status">{html.escape(text)}</span></div>'
@@ -139,7 +141,10 @@ class Page:
         self.blocks.unload(self.leave)
         numbers = list(form.numbers.values())
         self.timer.tick(self.tick, set(numbers), [self.header, self.timer, *numbers], **light)
-        form.method.input(self.pick_method, form.method, [form.about, form.preset, *form.columns], **light)  # fmt: skip
+        parameters = [c for group in form.parameters.values() for c in group.values()]
+        form.method.input(self.pick_method, {form.method, *parameters}, [form.about, form.preset, *form.columns], **light)  # fmt: skip
+        for component in parameters:  # by hand: no longer any preset's
+            component.input(None, None, form.preset, js="() => null", **quiet)
         form.preset.input(self.pick_preset, [form.method, form.preset], form.outputs, **light)
         self.run.click(
             self.compare,
@@ -192,9 +197,13 @@ class Page:
                     updates[component] = getattr(limits.defaults, name)
         return updates
 
-    def pick_method(self, method: str) -> dict[object, object]:
-        """Another method: show its parameters, and offer its presets."""
-        return self.form.show_method(method)
+    def pick_method(self, data: Mapping[object, object]) -> dict[object, object]:
+        """Another method: show its parameters as they stand, and offer its presets."""
+        try:
+            parameters = self.form.read_parameters(data)
+        except ValueError:  # a half-written value is no preset's
+            parameters = None
+        return self.form.show_method(data[self.form.method], parameters)
 
     def pick_preset(self, method: str, label: str | None) -> dict[object, object]:
         """Another preset: fill in the method's parameters."""

@@ -17,6 +17,9 @@ ENDS = {
 }
 
 
+AS_IT_COMES = "as it comes"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preset:
     """Values of a method's parameters; those left out keep their defaults."""
@@ -33,7 +36,7 @@ def presets(method: str, of_model: Iterable[adapter.Preset]) -> tuple[Preset, ..
         if p.method == method
     ]
     main = next(f.name for f in method_fields(method) if f.main)
-    as_it_comes = Preset(label="as it comes")
+    as_it_comes = Preset(label=AS_IT_COMES)
     if main not in ENDS:
         return (*found, as_it_comes)
     close, fast = ENDS[main]

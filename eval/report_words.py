@@ -97,7 +97,7 @@ def _lede(arm: ArmSummary, summaries: tuple[ArmSummary, ...]) -> list[str]:
             + (f", at {quality}." if quality else ".")
         )
     said.append(
-        "Watch the clips below: figures say how far a clip is from the dense one, not how good it is."
+        "Look at the clips below: figures say how far a clip is from the dense one, not how good it is."
     )
     return said
 

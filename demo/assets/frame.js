@@ -18,7 +18,7 @@
   if (root.dataset.part === "methods") document.querySelector("#results").after(document.querySelector("#tradeoff") ?? "");
 
   // Moving pictures should move, unless somebody has asked for stillness.
-  if (root.dataset.part !== "inside" && !matchMedia("(prefers-reduced-motion: reduce)").matches) {
+  if (root.dataset.part !== "inside" && !STILL && !matchMedia("(prefers-reduced-motion: reduce)").matches) {
     const start = (tries) => {
       if (player.playable().length === 2) player.play();
       else if (tries > 0) setTimeout(start, 100, tries - 1);

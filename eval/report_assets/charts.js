@@ -2,7 +2,7 @@
 
 /* Charts are SVG, drawn anew whenever their width or their contents change. */
 
-const PAD = { left: 54, right: 16, top: 12, bottom: 38 };
+const PAD = { left: 64, right: 16, top: 12, bottom: 38 };
 
 /** A box that calls `draw(width)` for its contents. */
 function chart(draw, attributes = {}) {

@@ -53,6 +53,10 @@ function percent(x) {
   return Number.isNaN(number(x)) ? "–" : `${digits(100 * number(x), number(x) < 0.0995 ? 1 : 0)} %`;
 }
 
+/** What a pipeline of pictures made is measured as a clip of one frame, and called a picture. */
+const STILL = Object.values(DATA.clips).flatMap((clips) => Object.values(clips)).every((clip) => clip.shape[0] === 1);
+const said = (text) => (STILL && typeof text === "string" ? text.replace(/\bclip(s?)\b/g, "picture$1") : text);
+
 const ARMS = new Map(DATA.arms.map((arm) => [arm.id, arm]));
 const colour = (arm) => `var(--c${arm.colour})`;
 

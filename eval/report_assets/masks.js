@@ -38,15 +38,15 @@ class MaskViewer {
     });
     this.canvases = Array.from({ length: f }, (_, t) => this.frameCanvas(t, h, w));
     // Few frames are drawn large.
-    this.frames.style.setProperty("--wide", f <= 4 ? "15rem" : f <= 12 ? "12rem" : "9.5rem");
-    this.frames.replaceChildren(...this.canvases.map((canvas, t) => el("figure", {}, el("figcaption", {}, `latent frame ${t}`), canvas)));
+    this.frames.style.setProperty("--wide", f === 1 ? "24rem" : f <= 4 ? "15rem" : f <= 12 ? "12rem" : "9.5rem");
+    this.frames.replaceChildren(...this.canvases.map((canvas, t) => el("figure", {}, f > 1 && el("figcaption", {}, `latent frame ${t}`), canvas)));
     this.controls();
     this.draw();
   }
 
   frameCanvas(frame, h, w) {
     const cell = Math.max(4, Math.min(16, Math.floor(320 / w)));
-    const canvas = el("canvas", { width: w * cell, height: h * cell, tabindex: "0", role: "button", "aria-label": `latent frame ${frame}: click a patch, or move with the arrow keys`, "data-frame": frame });
+    const canvas = el("canvas", { width: w * cell, height: h * cell, tabindex: "0", role: "button", "aria-label": `${STILL ? "picture" : `latent frame ${frame}`}: click a patch, or move with the arrow keys`, "data-frame": frame });
     canvas.addEventListener("click", (event) => {
       const box = canvas.getBoundingClientRect();
       this.choose([frame, Math.floor((event.clientY - box.top) / box.height * h), Math.floor((event.clientX - box.left) / box.width * w)]);
@@ -227,7 +227,7 @@ class MaskViewer {
     const [rows, columns] = call.blocks;
     let blocks = 0;
     for (let c = 0; c < columns; c++) blocks += reads(row, c);
-    const facts = [["Patch", `frame ${this.at[0]}, row ${this.at[1]}, column ${this.at[2]}`], ["Reads", `${blocks} of ${columns} blocks`], ["Of the video", percent(share)]];
+    const facts = [["Patch", `${STILL ? "" : `frame ${this.at[0]}, `}row ${this.at[1]}, column ${this.at[2]}`], ["Reads", `${blocks} of ${columns} blocks`], [STILL ? "Of the picture" : "Of the video", percent(share)]];
     if (mass) {
       const at = 2 * ((this.row * call.heads.length + this.head) * rows + row), [low, high] = bytes(call.kept).slice(at, at + 2);
       facts.push(["Of its attention", percent((low + 256 * high) / 65535)]);

@@ -4,7 +4,7 @@ const page = document.getElementById("page");
 const sparse = DATA.arms.filter((arm) => arm.id !== DATA.baseline);
 
 function section(id, title, text, ...contents) {
-  const node = el("section", { id, "aria-labelledby": `${id}-title` }, el("header", {}, el("h2", { id: `${id}-title` }, title), text && el("p", {}, text)), contents);
+  const node = el("section", { id, "aria-labelledby": `${id}-title` }, el("header", {}, el("h2", { id: `${id}-title` }, said(title)), text && el("p", {}, said(text))), contents);
   page.append(node);
   return node;
 }
@@ -28,11 +28,11 @@ function themeButton() {
 
 page.append(
   el("div", { class: "top" }, el("span", {}, DATA.kicker), themeButton()),
-  el("h1", { id: "headline" }, DATA.headline),
-  el("p", { class: "lede" }, DATA.lede),
-  el("div", { class: "badges" }, DATA.badges.map(({ text, kind, href }) => (href ? el("a", { class: `badge ${kind}`, href }, text) : el("span", { class: `badge ${kind}` }, text)))),
+  el("h1", { id: "headline" }, DATA.headline.map(said)),
+  el("p", { class: "lede" }, said(DATA.lede)),
+  el("div", { class: "badges" }, DATA.badges.map(({ text, kind, href }) => (href ? el("a", { class: `badge ${kind}`, href }, text) : el("span", { class: `badge ${kind}` }, said(text))))),
   DATA.tiles.length > 0 && el("dl", { class: "tiles" }, DATA.tiles.map((tile) => el("div", { class: "tile" }, el("dt", {}, tile.label),
-    el("dd", {}, el("div", { class: "value" }, tile.value, tile.unit && el("span", { class: "unit" }, tile.unit)), el("div", { class: "range" }, tile.note))))),
+    el("dd", {}, el("div", { class: "value" }, tile.value, tile.unit && el("span", { class: "unit" }, tile.unit)), el("div", { class: "range" }, said(tile.note)))))),
 );
 
 /* -- the table ------------------------------------------------------------------------------------------------------------ */
@@ -52,7 +52,7 @@ function summaryTable() {
       const metric = DATA.metrics[name];
       return metric.against
         ? [metric.label + (metric.unit ? ` (${metric.unit})` : ""), metric.meaning, (a) => a.metrics[name], (x) => show(name, x), metric.better]
-        : [`${metric.label} − dense`, `${metric.meaning}; the difference to the dense clips`, (a) => a.differences[name], (x) => signed(x, places(name)), null];
+        : [`${metric.label} − dense`, said(`${metric.meaning}; the difference to the dense clips`), (a) => a.differences[name], (x) => signed(x, places(name)), null];
     }),
   ];
   const best = columns.map(([, , get, , better]) => {
@@ -67,12 +67,12 @@ function summaryTable() {
       const isIdentical = name.startsWith("PSNR") && arm.identical > 0;
       const shown = isIdentical && arm.identical === arm.clips ? "identical" : text(value[0]);
       return el("td", { class: arm.role === "sparse" && number(value[0]) === best[i] ? "best" : "" }, shown,
-        isIdentical ? el("small", {}, `${arm.identical} of ${arm.clips} clips identical`) : range(value, text),
+        isIdentical ? el("small", {}, said(`${arm.identical} of ${arm.clips} clips identical`)) : range(value, text),
         name === "Denoiser" && arm.forecast != null && el("small", {}, `forecast ${times(arm.forecast)}`));
     }))));
   return el("div", { class: "card" }, el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Summary of all arms" }, el("table", { id: "summary" }, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Arm"),
     columns.map(([name, meaning, , , better]) => el("th", { scope: "col" }, el("abbr", { title: meaning }, name), better && el("small", {}, better === "higher" ? "more is better" : "less is better"))))), body)),
-    el("p", { class: "note" }, DATA.tableNote));
+    el("p", { class: "note" }, said(DATA.tableNote)));
 }
 
 function signed(x, decimals) {
@@ -158,7 +158,7 @@ onPick(() => {
   if (key === shown) return;
   shown = key;
   const clip = clipOf(picked.arm);
-  figures.textContent = clip ? [`${ARMS.get(picked.arm).label}, this clip: density ${digits(number(clip.density), 3)}`, ...DATA.metricNames.filter((n) => clip.metrics[n] != null).map((n) => `${DATA.metrics[n].label} ${withUnit(n, clip.metrics[n])}`), clip.seconds != null && `denoiser ${digits(clip.seconds, 2)} s`].filter(Boolean).join(" · ") : "This arm has no clip of this prompt.";
+  figures.textContent = clip ? [`${ARMS.get(picked.arm).label}, ${said("this clip")}: density ${digits(number(clip.density), 3)}`, ...DATA.metricNames.filter((n) => clip.metrics[n] != null).map((n) => `${DATA.metrics[n].label} ${withUnit(n, clip.metrics[n])}`), clip.seconds != null && `denoiser ${digits(clip.seconds, 2)} s`].filter(Boolean).join(" · ") : said("This arm has no clip of this prompt.");
   player.load(sides[0], sides[1], DATA.fps);
 });
 
@@ -176,7 +176,7 @@ function curveCard(id, title, kinds, values, xLabel, name, ongo) {
   const box = chart((width) => {
     const series = DATA.arms.map((arm) => ({ arm, values: (clipOf(arm.id) ? values(clipOf(arm.id), kind) ?? [] : []).map(number) })).filter((s) => s.values.some((v) => !Number.isNaN(v)));
     legend.replaceChildren(...series.map((s) => el("span", { class: s.arm.id === picked.arm ? "on" : "" }, dot(s.arm), s.arm.label)));
-    if (!series.length) return el("p", { class: "note" }, "Not measured for this clip.");
+    if (!series.length) return el("p", { class: "note" }, said("Not measured for this clip."));
     const [, label, text, limits] = present.find(([k]) => k === kind);
     return lineChart(width, { series, xLabel, yLabel: label, name, text, ...limits, chosen: picked.arm, ongo });
   }, { "data-curve": id });
@@ -191,7 +191,7 @@ const stepKinds = [
   ["attention_error", "attention error", (v) => digits(v, 4), { floor: 0 }], ["seconds", "seconds in the denoiser", (v) => `${digits(v, 3)} s`, { floor: 0 }], ["sigma", "noise level", (v) => digits(v, 3), { floor: 0 }],
 ];
 const curves = [
-  curveCard("frames", "Frame by frame", frameKinds, (clip, kind) => clip.curves[kind], "frame; click to see it", "frame", (frame) => player.goTo(frame)),
+  STILL ? null : curveCard("frames", "Frame by frame", frameKinds, (clip, kind) => clip.curves[kind], "frame; click to see it", "frame", (frame) => player.goTo(frame)),
   curveCard("steps", "Step by step", stepKinds, (clip, kind) => clip.steps[kind], "denoising step", "step"),
 ].filter(Boolean);
 if (curves.length) section("curves", "Where it differs", "All arms on the prompt picked above; the picked arm is the thick line.", el("div", { class: "columns" }, curves));
@@ -229,7 +229,8 @@ if (DATA.masks.length) {
     viewer.load(mask);
   };
   const picker = selectField("Captured run", DATA.masks.map((mask, i) => [i, ARMS.get(mask.arm)?.label ?? mask.arm]), index, (v) => { index = Number(v); load(); }, { id: "mask-arm" });
-  section("masks", "What a patch attends", "Click a patch of any frame: the blocks of tokens that its block of queries (orange) reads stay lit on all frames, everything else is dark. Arrow keys move, Page Up and Page Down change the frame.",
+  section("masks", "What a patch attends", STILL ? "Click a patch: the blocks of tokens that its block of queries (orange) reads stay lit, everything else is dark. Arrow keys move."
+    : "Click a patch of any frame: the blocks of tokens that its block of queries (orange) reads stay lit on all frames, everything else is dark. Arrow keys move, Page Up and Page Down change the frame.",
     el("div", { class: "card", id: "mask-viewer" }, DATA.masks.length > 1 ? el("div", { class: "controls" }, picker.field) : null, viewer.node, about));
   load();
   let last = picked.arm;
@@ -252,7 +253,7 @@ if (DATA.checks.length) {
     return el("li", { class: kind }, el("span", { class: "sign", "aria-label": word, title: word }, mark), el("span", {}, el("strong", {}, check.name), ` ${check.detail} `, el("span", { class: "where" }, `(${check.arms.join(", ")})`)));
   }))));
 }
-section("caveats", "What to bear in mind", null, el("div", { class: "card" }, el("ul", {}, DATA.caveats.map((text) => el("li", {}, text)))));
+section("caveats", "What to bear in mind", null, el("div", { class: "card" }, el("ul", {}, DATA.caveats.map((text) => el("li", {}, said(text))))));
 section("environment", "Where it was measured", null, el("div", { class: "card" }, el("div", { class: "scroll" }, el("table", {}, el("tbody", {}, DATA.environment.map(([name, value]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", { style: "text-align:left;white-space:normal;overflow-wrap:anywhere" }, value))))))));
 section("reproduce", "Do it again", null, el("div", { class: "card" }, el("h3", {}, "From the command line"), el("pre", {}, DATA.reproduce.command), el("h3", {}, "From Python"), el("pre", {}, DATA.reproduce.python)));
 page.append(el("footer", {}, DATA.footer));

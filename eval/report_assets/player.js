@@ -35,7 +35,7 @@ class Player {
     const modes = segmented("View", [["side", "Side by side"], ["wipe", "Wipe"], ["difference", "Difference"]], "side", (mode) => { this.stage.dataset.mode = mode; });
     this.node = el("div", { class: "player" }, this.stage, el("div", { class: "wipe" }, this.wipe),
       el("div", { class: "controls" }, this.playButton, el("div", { class: "scrub" }, this.scrubber, this.counter), modes,
-        selectField("Speed", speeds, "1", (rate) => { this.rate = Number(rate); this.videos.forEach((v) => { v.playbackRate = this.rate; }); }).field,
+        selectField("Speed", speeds, "1", (rate) => { this.rate = Number(rate); this.videos.forEach((v) => { v.playbackRate = this.rate; }); }, { class: "speed" }).field,
         selectField("Gain", gains, "4", (gain) => { this.gain = Number(gain); this.drawDifference(); }).field),
       el("p", { class: "note" }, this.readout));
     this.setWipe(50);
@@ -56,7 +56,7 @@ class Player {
 
   listen(video, which) {
     video.addEventListener("seeked", () => { if (!this.playing) this.grab(which, this.frame); });
-    video.addEventListener("error", () => { if (video.hasAttribute("src")) this.say(which, "This clip cannot be played here."); });
+    video.addEventListener("error", () => { if (video.hasAttribute("src")) this.say(which, said("This clip cannot be played here.")); });
     video.addEventListener("ended", () => { if (which === 0 && this.playing) this.restart(); });
     if ("requestVideoFrameCallback" in video) {
       const each = (now, info) => {
@@ -80,6 +80,7 @@ class Player {
     const shape = a.clip?.shape ?? b.clip?.shape ?? [1, 1, 1];
     this.frames = Math.max(1, Math.min(...[a, b].map((side) => side.clip?.shape?.[0] ?? Infinity), 1e9));
     if (this.frames === 1e9) this.frames = 1;
+    this.node.classList.toggle("still", STILL);
     this.stage.style.setProperty("--aspect", shape[2] && shape[1] ? shape[2] / shape[1] : 1);
     this.canvas.width = this.work.width = shape[2] || 1;
     this.canvas.height = this.work.height = shape[1] || 1;
@@ -96,13 +97,13 @@ class Player {
     const { caption, media } = this.panes[which];
     caption[0].replaceChildren(dot(side.arm), side.label);
     caption[1].textContent = side.note ?? "";
-    media.setAttribute("aria-label", `clip of ${side.label}`);
+    media.setAttribute("aria-label", `${said("clip")} of ${side.label}`);
     this.say(which, null);
     const video = side.clip?.video;
     if (!video) {
       media.removeAttribute("src");
       media.load();
-      this.say(which, side.clip ? "No clip was kept." : "This arm has no clip of this prompt.");
+      this.say(which, said(side.clip ? "No clip was kept." : "This arm has no clip of this prompt."));
       return Promise.resolve();
     }
     media.src = video.inline ? videoUrl(video.inline) : video.href;
@@ -223,7 +224,7 @@ class Player {
     const mean = sum / (a.length / 4 * 3);
     this.panes[2].message.hidden = true;
     this.panes[2].caption[1].textContent = `${this.gain}×`;
-    this.readout.textContent = `Frame ${this.pairFrame}: the two clips are ${digits(mean, 2)} of 255 levels apart on average. The map is white from ${Math.round(255 / this.gain)} levels on; it compares the compressed clips, the figures above the originals.`;
+    this.readout.textContent = `${STILL ? "The two pictures" : `Frame ${this.pairFrame}: the two clips`} are ${digits(mean, 2)} of 255 levels apart on average. The map is white from ${Math.round(255 / this.gain)} levels on; it compares ${said("the compressed clips")}, the figures above the originals.`;
     this.node.dataset.apart = mean;
     this.node.dataset.pairFrame = this.pairFrame;
   }

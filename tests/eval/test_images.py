@@ -3,13 +3,14 @@
 import pytest
 import torch
 from families import flux
+from whole_pipelines import whole_flux
 
 from sparsediff.eval.compare import Request, compare
 from sparsediff.eval.measure import generate, makes_video
 from sparsediff.eval.report import write_report
 from sparsediff.eval.runner import Options, evaluate
 from sparsediff.eval.video import read_video, to_video_tensor
-from sparsediff.testing import random_wan_pipeline, seeded, word_tokenizer
+from sparsediff.testing import random_wan_pipeline
 
 CALL = {
     "height": 32,
@@ -23,41 +24,7 @@ METHOD = "auto:density=0.5,block=32,dense_steps=1"
 
 @pytest.fixture(scope="module")
 def pipe():
-    import diffusers
-    import transformers
-
-    pipe = flux.build()
-    sizes = {"vocab_size": 256, "pad_token_id": 0, "eos_token_id": 1}
-    with seeded(1):
-        # 16x16 tokens: the autoencoder does not compress, the pipeline packs 2x2.
-        vae = diffusers.AutoencoderKL(
-            block_out_channels=(4,), latent_channels=1, norm_num_groups=1, shift_factor=0.0
-        )
-        clip = transformers.CLIPTextModel(
-            transformers.CLIPTextConfig(
-                hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-                projection_dim=8, bos_token_id=0, **sizes,
-            )
-        )  # fmt: skip
-        words = transformers.T5EncoderModel(
-            transformers.T5Config(
-                d_model=flux.WORDS, d_kv=8, d_ff=8, num_layers=1, num_heads=2,
-                decoder_start_token_id=0, **sizes,
-            )
-        )  # fmt: skip
-    tokenizers = word_tokenizer(), word_tokenizer()
-    tokenizers[0].model_max_length = 77
-    made = type(pipe)(
-        transformer=pipe.transformer,
-        scheduler=pipe.scheduler,
-        vae=vae.eval(),
-        text_encoder=clip.eval(),
-        text_encoder_2=words.eval(),
-        tokenizer=tokenizers[0],
-        tokenizer_2=tokenizers[1],
-    )
-    made.set_progress_bar_config(disable=True)
-    return made
+    return whole_flux()
 
 
 def test_an_image_is_one_frame(pipe):
