@@ -9,7 +9,7 @@ INTERPRET := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 0 || echo 1)
 # A quarter of an hour on two cores from a fresh clone, set-up included, is the limit of what runs at every change.
 TESTS := not gpu and not slow
 
-.PHONY: test-all setup run demo test browser gpu lint fmt wheel check clean
+.PHONY: test-all setup run demo test matrix browser gpu lint fmt wheel check clean
 
 setup: $(VENV)/.installed
 
@@ -43,6 +43,11 @@ test: setup browser
 # With the tests that take longest, some of them of whole pages.
 test-all: TESTS := not gpu
 test-all: test
+
+# The conformance tests in the oldest diffusers that is promised, in the newest and in a pre-release where there is one, each in
+# an environment of its own (RELEASES="0.39.0 0.40.0" for others): some gigabytes and a quarter of an hour each.
+matrix:
+	TRITON_INTERPRET=$(INTERPRET) $(PYTHON) tests/support/diffusers_matrix.py $(RELEASES)
 
 gpu: setup
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -170,7 +170,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.record:
         return record()
     changed = differences(read(), now())
-    print(f"diffusers {installed()}: {in_words(changed)}")
+    words = in_words(changed)
+    print(f"diffusers {installed()}: {words.partition(':')[0] if options.brief else words}")
     if changed and not options.brief:
         import diffusers
 
