@@ -191,7 +191,7 @@ def _loading(model: str, place: Mapping[str, str | None]) -> list[str]:
         ]
     return [
         "from diffusers import DiffusionPipeline",
-        f"pipe = DiffusionPipeline.from_pretrained({model!r}, torch_dtype=torch.{dtype}).to({device!r})",
+        f"pipe = DiffusionPipeline.from_pretrained({model!r}, {tiny.dtype_keyword()}=torch.{dtype}).to({device!r})",
     ]
 
 

@@ -6,10 +6,11 @@ before the first call of a transformer is text, what comes after the last is dec
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -78,8 +79,11 @@ def generate(
     """
     device = pipe._execution_device
     observer = _CallObserver(device, trajectory=trajectory, on_step=on_step)
+    told = contextlib.nullcontext()
     if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
         arguments = {**arguments, "callback_on_step_end": observer.step_ended}
+    else:
+        told = _steps_of_bar(pipe, observer.step_ended)
     hooks = observer.watch(pipe)
     energy = EnergyMeter(device)
     try:
@@ -87,7 +91,8 @@ def generate(
         reset_peak_memory(device)
         energy.start()
         begun, started = mark(device), time.perf_counter()
-        output = pipe(**arguments)
+        with told:
+            output = pipe(**arguments)
         ended = mark(device)
         wait(device)
         total = time.perf_counter() - started
@@ -250,6 +255,32 @@ class _CallObserver:
 
     def _after(self, module: nn.Module, args: tuple, output: object) -> None:
         self.spans.append((self._step, self._started, mark(self.device)))
+
+
+@contextlib.contextmanager
+def _steps_of_bar(pipe: object, ended: Callable) -> Iterator[None]:
+    """Read the steps off the progress bar of a pipeline that has no callback (HunyuanVideo 1.5); it does not show latents."""
+    own, bar_of = vars(pipe).get("progress_bar"), pipe.progress_bar
+
+    def watched(*args: object, **kwargs: object) -> object:
+        bar = bar_of(*args, **kwargs)
+        update = bar.update
+
+        def advanced(n: int = 1) -> object:
+            ended(pipe, 0, None, {})
+            return update(n)
+
+        bar.update = advanced
+        return bar
+
+    pipe.progress_bar = watched
+    try:
+        yield
+    finally:
+        if own is None:
+            del pipe.progress_bar
+        else:
+            pipe.progress_bar = own
 
 
 def _to_host(x: Tensor) -> Tensor:

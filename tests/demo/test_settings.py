@@ -113,7 +113,7 @@ def test_python_names_what_the_page_ran():
     ) in lines
     other = python_lines(settings, "owner/name", {})
     compile(other, "lines", "exec")
-    assert "DiffusionPipeline.from_pretrained('owner/name'" in other
+    assert f"DiffusionPipeline.from_pretrained('owner/name', {tiny.dtype_keyword()}=" in other
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """What is measured of one call, on real pipelines."""
 
+import contextlib
+import inspect
+
 import pytest
 import torch
+from families import hunyuan_video15
 
 import sparsediff
-from sparsediff.eval.measure import divergence, generate, warm_up
+from sparsediff.eval.measure import _steps_of_bar, divergence, generate, warm_up
 from sparsediff.eval.resources import peak_memory, reset_peak_memory
 from sparsediff.testing import random_wan_pipeline
 
@@ -128,3 +132,17 @@ def test_peak_memory_sees_what_was_held_and_forgets_it():
     del x
     reset_peak_memory(device)
     assert peak_memory(device) < held
+
+
+def test_steps_of_a_pipeline_without_a_callback_are_read_off_its_bar():
+    (family,) = hunyuan_video15.FAMILIES
+    pipe = family.pipeline()
+    assert "callback_on_step_end" not in inspect.signature(pipe.__call__).parameters
+    seen = []
+    for enabled in (False, True):
+        with sparsediff.enable(pipe, density=0.2, block=32) if enabled else contextlib.nullcontext():
+            before = vars(pipe).get("progress_bar")
+            with _steps_of_bar(pipe, lambda *told: seen.append(told)):
+                family.run(pipe, steps=3)
+            assert vars(pipe).get("progress_bar") is before
+    assert len(seen) == 6
