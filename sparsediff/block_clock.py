@@ -1,6 +1,7 @@
 """Which generation and which step, for language models that denoise one block of tokens after another.
 
-They have no timestep argument, no cache context and, as a rule, no progress bar of the pipeline.  What is read instead:
+They have no timestep argument and no cache context, and the pipeline's progress bar, where there is one, may last one
+block (LLaDA2's in diffusers 0.38) or all of them.  What is read instead:
 `scheduler.set_timesteps` is called once a generation and leaves a new tensor, and a longer context is the next block.
 """
 
@@ -30,6 +31,13 @@ class BlockClock(Clock):
         self._context: int | None = None
         self._first_step = 0  # of this block
         self._calls = 0  # of the model in this block
+
+    def open_run(self) -> object:
+        """A bar says nothing here."""
+        return None
+
+    def close_run(self, run: object) -> None:
+        """A bar says nothing here."""
 
     def begin_generation(self, num_steps: int | None = None) -> None:
         """Say that a new generation of `num_steps` model calls starts; only loops of one's own need to."""

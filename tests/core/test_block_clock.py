@@ -44,6 +44,24 @@ def test_setting_timesteps_starts_a_generation():
     assert (tick.generation, tick.step) == (1, 0)
 
 
+@pytest.mark.parametrize("bars", ["one a block", "one a generation"])
+def test_it_does_not_matter_how_long_a_progress_bar_lasts(bars):
+    pipe, seen = pipeline(steps=2, blocks=3), []
+    clock = BlockClock(pipe)
+    for _ in range(2):
+        pipe.scheduler.set_timesteps(2)
+        run = clock.open_run()
+        for block in range(3):
+            if block and bars == "one a block":
+                clock.close_run(run)
+                run = clock.open_run()
+            seen += [clock.read(None, context=32 * (block + 1)) for _ in range(2)]
+        clock.close_run(run)
+    assert [(tick.generation, tick.step) for tick in seen] == [
+        (g, s) for g in (0, 1) for s in range(6)
+    ]
+
+
 def test_without_a_pipeline_the_context_tells():
     clock = BlockClock(None, num_steps=6)
     ticks = [clock.read(None, context=n) for n in (32, 32, 64, 64, 64, 32)]
