@@ -6,6 +6,8 @@ OUT    ?= out
 # Under a CPU interpreter Triton kernels run without a GPU; a CUDA machine compiles them.
 INTERPRET := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 0 || echo 1)
 
+CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v[:2] <= (3, 13) else f"sparsediff needs Python 3.11 to 3.13, this is {v[0]}.{v[1]}; set PYTHON=python3.12, say")'
+
 # A quarter of an hour on two cores from a fresh clone, set-up included, is the limit of what runs at every change.
 TESTS := not gpu and not slow
 
@@ -14,7 +16,7 @@ TESTS := not gpu and not slow
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v[:2] <= (3, 13) else f"sparsediff needs Python 3.11 to 3.13, this is {v[0]}.{v[1]}; set PYTHON=python3.12, say")'
+	$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
@@ -47,6 +49,7 @@ test-all: test
 # The conformance tests in the oldest diffusers that is promised, in the newest and in a pre-release where there is one, each in
 # an environment of its own (RELEASES="0.39.0 0.40.0" for others): some gigabytes and a quarter of an hour each.
 matrix:
+	$(CHECK_PYTHON)
 	TRITON_INTERPRET=$(INTERPRET) $(PYTHON) tests/support/diffusers_matrix.py $(RELEASES)
 
 gpu: setup
