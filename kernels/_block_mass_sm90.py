@@ -122,7 +122,8 @@ def _finish(
             b_mass = sum_rows(p_space, o_c, columns, s * PART, PART, WIDTH, OWN_LSE, LAYOUT)
             i_m = first_row // Q_BLOCK + s
             p_mass = mass_ptr + (i_bh.to(gl.int64) * q_blocks + i_m) * kv_blocks
-            gl.store(p_mass + o_c, b_mass, mask=(o_c < kv_blocks) & (i_m < q_blocks))
+            seen = o_c < gl.minimum(columns, kv_blocks)
+            gl.store(p_mass + o_c, b_mass, mask=seen & (i_m < q_blocks))
         o_c += 2 * CHUNK
 
 

@@ -26,12 +26,14 @@ from sparsediff.kernels._hopper import (
     LN2,
     LOG2E,
     assembly,
+    lazy_maximum,
     leave_mass,
     log2,
     mass_norm,
     pass_turn,
     place,
     produce,
+    rescale,
     row_list,
     store_mass,
     store_vote,
@@ -221,6 +223,7 @@ def _consumer(
             o_n = current * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
             b_s = gl.where((o_n < length)[None, :], b_s, float("-inf"))
         b_m = (gl.max(b_s, 1) - MAGIC) * b_scale
+        b_best = b_m
         # An empty row leaves the maximum at -inf, and -inf - -inf is NaN.
         b_shift = gl.where(b_m == float("-inf"), 0.0, b_m) + MAGIC * b_scale
         b_p = gl.exp2(b_s * b_scale[:, None] - (b_shift - boost)[:, None])
@@ -257,9 +260,11 @@ def _consumer(
             b_scale = b_row_scale * k_scale
             b_top = (gl.max(b_s, 1) - MAGIC) * b_scale
             if WITH_VOTE:
-                store_vote(b_top - (b_m + b_threshold), p_vote + following)
+                store_vote(b_top - (b_best + b_threshold), p_vote + following)
+                b_best = gl.maximum(b_best, b_top)
             following = gl.load(p_list + gl.maximum(count - 2 - j, 0))
-            b_m_new = gl.maximum(b_m, b_top)
+            # e4m3 has no room for probabilities beyond 1.
+            b_m_new = gl.maximum(b_m, b_top) if FP8_PV else lazy_maximum(b_m, b_top)
             b_shift = b_m_new + MAGIC * b_scale
             b_p = gl.exp2(b_s * b_scale[:, None] - (b_shift - boost)[:, None])
             b_sum = gl.sum(b_p, 1)
@@ -282,7 +287,7 @@ def _consumer(
                 # The output trails by a tile: it is rescaled to the maximum under which this product was made.
                 b_o = b_o * gl.convert_layout(b_alpha, ROW_O)[:, None] + b_pv
             else:
-                b_o = b_pv * gl.convert_layout(b_alpha_new, ROW_O)[:, None]
+                b_o = rescale(b_pv, b_alpha_new)
             b_alpha = b_alpha_new
 
         mbarrier.arrive(q_empty.index(GROUP), count=1)
@@ -427,7 +432,7 @@ def block_sparse_fwd_8bit_sm90(
                 (
                     q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, q_empty, full, empty, work, work_full,
                     work_empty, kv_num_blocks_ptr, kv_indices_ptr, order_ptr, draw_ptr, stride_ib, stride_ih,
-                    num_heads, q_blocks, kv_blocks, num_rows, RING, BLOCK_N, False, FP8_PV,
+                    num_heads, q_blocks, kv_blocks, num_rows, RING, BLOCK_N, FP8_PV,
                 ),
             ),
         ],

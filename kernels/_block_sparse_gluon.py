@@ -117,14 +117,14 @@ def attend(
     if num_rows == 0:
         return call[:4]
     block_n, block_d = mask.block_size[1], 64 if head_dim == 64 else 128
-    ring = hopper_ring(block_n, block_d)
+    ring, alias = hopper_ring(block_n, block_d)
     flags = call.flags(lse_prev)
     pointers = [x for x in (call.lists, kv_lengths, lse_prev) if x is not None]
     launch_kernel(
         block_sparse_fwd_sm90,
         (min(multiprocessors(query.device), num_rows),),
         (
-            (query.device, query.dtype, block_n, head_dim),
+            (query.device, query.dtype, block_n, block_d),
             (kv_lengths is None, lse_prev is None, *flags.values()),
             aligned(*pointers),
         ),
@@ -133,7 +133,7 @@ def attend(
             tma_descriptor(query, 64, block_d),
             tma_descriptor(key, block_n, block_d),
             tma_descriptor(value, block_n, block_d),
-            call.out,
+            tma_descriptor(call.out, 64, block_d),
             *call.byproducts(lse_prev),
             # mask
             call.counts,
@@ -155,7 +155,7 @@ def attend(
         RING=ring,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
-        HEAD_DIM=head_dim,
+        ALIAS=alias,
         HAS_LENGTHS=kv_lengths is not None,
         **flags,
         num_warps=4,

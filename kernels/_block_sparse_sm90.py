@@ -10,6 +10,9 @@ and frees together: one wait and one arrival a tile.  The wait for stage j+1 sta
 wait for PV for a second reason: it ends a basic block there, without which ptxas sinks the exponentials past the wait
 and nothing overlaps PV.  `tests/kernels/test_aot.py` reads the machine code to keep it so.
 
+The output is rescaled lazily (`lazy_maximum`, as FlashAttention-4 does on Blackwell), the vote is held against the true
+running maximum.
+
 With `WITH_MASS` every row of every tile leaves the logarithm of its sum in a workspace that belongs to the program, and
 the finished row of blocks turns them into mass: `exp(log sum - log-sum-exp)`, summed over rows in a fixed order.
 
@@ -19,7 +22,9 @@ the finished row of blocks turns them into mass: `exp(log sum - log-sum-exp)`, s
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -29,12 +34,14 @@ from sparsediff.kernels._hopper import (
     LOG2E,
     assembly,
     clear_past,
+    lazy_maximum,
     leave_mass,
     log2,
     mass_norm,
     pass_turn,
     place,
     produce,
+    rescale,
     row_list,
     store_mass,
     store_vote,
@@ -52,109 +59,12 @@ def _scores(b_q, k_buffer, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT:
 
 
 @gluon.jit
-def _reread(x):
-    """The same numbers, by an instruction that stays where it is: every thread asks itself."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .b32 l; mov.u32 l, %laneid; shfl.sync.idx.b32 $0, $1, l, 31, 0xffffffff; }",
-        "=f,f",
-        [x],
-        dtype=gl.float32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _pack(b_p, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
-    """Probabilities as left operand of the second product, two in an integer.
-
-    Halves of registers that live across turns of a loop are taken apart and put together again by the compiler;
-    integers are not.
-    """
-    N: gl.constexpr = b_p.shape[1]
-    b_p = gl.convert_layout(b_p, LAYOUT, assert_trivial=True)
-    if gl.bfloat16 == DTYPE:
-        b_word = gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $3, $2;",
-            "=r,=r,f,f",
-            [b_p],
-            dtype=gl.int32,
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        b_word = gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $3, $2;", "=r,=r,f,f", [b_p], dtype=gl.int32, is_pure=True, pack=2
-        )
-    b_first, _ = b_word.reshape([64, N // 2, 2]).split()
-    return b_first
-
-
-@gluon.jit
-def _unpack(b_word, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
-    """Two numbers out of every integer: only a change of names."""
-    b_word = gl.join(b_word, b_word).reshape([64, b_word.shape[1] * 2])
-    b_word = gl.convert_layout(b_word, LAYOUT, assert_trivial=True)
-    NAME: gl.constexpr = "mov.b32 $0, $1;"
-    if gl.bfloat16 == DTYPE:
-        return gl.inline_asm_elementwise(
-            NAME, "=r,r,r", [b_word], dtype=gl.bfloat16, is_pure=True, pack=2
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            NAME, "=r,r,r", [b_word], dtype=gl.float16, is_pure=True, pack=2
-        )
-
-
-@gluon.jit
-def _rescale(b_o, b_alpha):
-    """The output under a new maximum."""
-    return b_o * gl.convert_layout(b_alpha, gl.SliceLayout(1, b_o.type.layout))[:, None]
-
-
-@gluon.jit
-def _add_values(b_o, b_pd, v_buffer, first, DTYPE: gl.constexpr):
-    """Start O += P V of one tile; of the first one O = P V."""
-    b_p = _unpack(b_pd, DTYPE, gl.DotOperandLayout(0, b_o.type.layout, 2))
-    v_smem = v_buffer.reshape([b_p.shape[1], b_o.shape[1]])
-    return warpgroup_mma(b_p, v_smem, b_o, use_acc=first == 0, is_async=True)
-
-
-@gluon.jit
-def _store_out(
-    b_o,
-    b_l,
-    out_ptr,
-    i_b,
-    i_h,
-    i_m,
-    seq_q,
-    num_heads,
-    HEAD_DIM: gl.constexpr,
-    GROUP: gl.constexpr,
-):
-    """Divide a finished output by its row sums and store it; rows without softmax become zeros.
-
-    Straight from registers, so that no warpgroup waits for shared memory to be read.
-    """
-    O_LAYOUT: gl.constexpr = b_o.type.layout
-    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
-    o_d = gl.arange(0, b_o.shape[1], layout=gl.SliceLayout(0, O_LAYOUT))
-    b_l = gl.convert_layout(b_l, gl.SliceLayout(1, O_LAYOUT))[:, None]
-    b_o = gl.where(b_l == 0.0, 0.0, b_o * (1.0 / b_l))
-    start = i_m * 128 + GROUP * 64
-    p_out = out_ptr + ((i_b.to(gl.int64) * seq_q + start) * num_heads + i_h) * HEAD_DIM
-    o_out = (o_m * (num_heads * HEAD_DIM))[:, None] + o_d[None, :]
-    seen = (o_m < seq_q - start)[:, None] & (o_d < HEAD_DIM)[None, :]
-    gl.store(p_out + o_out, b_o.to(out_ptr.dtype.element_ty), mask=seen)
-
-
-@gluon.jit
 def _consumer(
-    out_ptr,
+    out_desc,
     q_bufs,
     k_bufs,
     v_bufs,
+    out_bufs,
     q_full,
     q_empty,
     full,
@@ -181,7 +91,7 @@ def _consumer(
     RING: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
+    ALIAS: gl.constexpr,
     HAS_LENGTHS: gl.constexpr,
     WITH_LSE: gl.constexpr,
     WITH_VOTE: gl.constexpr,
@@ -193,23 +103,16 @@ def _consumer(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 2)
     ROW_S: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     # What a tile leaves for its mass: a number a row, or with a log-sum-exp at hand a number a warp
     WIDTH: gl.constexpr = 8 if HAS_LSE_PREV else 128
     turn = 0
     rows = 0
     q_smem = q_bufs.index(GROUP).reshape([64, BLOCK_D])
+    Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 2)
+    out_smem = out_bufs.index(GROUP)
     qk_scale = scale * LOG2E
-    # The row before: the product with its last V is still to come.  Before the first row it is one of nothing.
-    out_b = 0
-    out_h = 0
-    out_m = 0
-    b_o = gl.zeros([64, BLOCK_D], gl.float32, O_LAYOUT)
-    b_pd = _pack(gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT), DTYPE, P_LAYOUT)
-    b_alpha = gl.full([64], 1.0, gl.float32, ROW_S)
-    b_l = gl.full([64], 1.0, gl.float32, ROW_S)
-    first = 1
     if GROUP == 1:
         assembly("bar.arrive 9, 256; mov.u32 $0, 0;")
     item = take_over(work, work_full, work_empty, 0, 0)
@@ -224,6 +127,9 @@ def _consumer(
             length = gl.minimum(gl.load(kv_lengths_ptr + i_b), seq_k)
         length = gl.where(count > 0, length, 0)
         o_m = i_m * 128 + GROUP * 64 + gl.arange(0, 64, layout=ROW_S)
+        b_m = gl.full([64], float("-inf"), gl.float32, ROW_S)
+        b_l = gl.zeros([64], gl.float32, ROW_S)
+        b_o = gl.zeros([64, BLOCK_D], gl.float32, O_LAYOUT)
         if WITH_VOTE:
             p_vote = (vote_ptr + i_row.to(gl.int64) * kv_blocks).to(gl.int64) + gl.zeros(
                 [64], gl.int64, ROW_S
@@ -232,71 +138,65 @@ def _consumer(
             b_threshold = gl.where(o_m < seq_q, vote_threshold, float("inf"))
             if GROUP == 0:
                 gl.store(vote_ptr + i_row.to(gl.int64) * kv_blocks + current, 1, mask=count > 0)
+        if WITH_VOTE:
             following = gl.where(count > 1, gl.load(p_list + gl.maximum(count - 2, 0)), 0)
 
-        # The first tile, the only one that can be ragged, beside the last product of the row before
+        # The first tile, the only one that can be ragged
         mbarrier.wait(q_full.index(GROUP), rows & 1)
         b_q = q_smem.load(Q_LAYOUT)
-        mbarrier.arrive(q_empty.index(GROUP), count=1)
-        stage = turn % RING
-        mbarrier.wait(full.index(stage), (turn // RING) & 1)
-        b_o = _rescale(b_o, b_alpha)
+        if not ALIAS:
+            mbarrier.arrive(q_empty.index(GROUP), count=1)
+        mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
         take_turn(GROUP)
-        b_s = _scores(b_q, k_bufs.index(stage), BLOCK_N, BLOCK_D, S_LAYOUT)
-        b_o = _add_values(b_o, b_pd, v_bufs.index(stage), first, DTYPE)
+        b_s = _scores(b_q, k_bufs.index(turn % RING), BLOCK_N, BLOCK_D, S_LAYOUT)
         pass_turn(GROUP)
-        b_s = warpgroup_mma_wait(1, deps=(b_s,))
+        b_s = warpgroup_mma_wait(0, deps=(b_s,))
+        mbarrier.arrive(empty.index(turn % RING), count=1)
         if current * BLOCK_N + BLOCK_N > length:
             o_n = current * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
             b_s = gl.where((o_n < length)[None, :], b_s, float("-inf"))
         b_m = gl.max(b_s, 1) * qk_scale
+        b_best = b_m
         # An empty row leaves the maximum at -inf, and -inf - -inf is NaN.
         b_shift = gl.where(b_m == float("-inf"), 0.0, b_m)
         b_p = gl.exp2(b_s * qk_scale - b_shift[:, None])
-        b_sum = gl.sum(b_p, 1)
+        b_l = gl.sum(b_p, 1)
+        b_alpha = gl.full([64], 1.0, gl.float32, ROW_S)
         if WITH_MASS:
             i_space = (gl.program_id(0) * 2 + (rows & 1)).to(gl.int64)
             p_space = space_ptr + i_space * (kv_blocks + 1) * WIDTH
             p_left = p_space + (GROUP * 64 + gl.arange(0, 64, layout=ROW_S)) * WIDTH // 128
-            b_norm = b_sum
+            b_norm = b_l
             if HAS_LSE_PREV:
                 p_norm = lse_prev_ptr + (i_row // q_blocks).to(gl.int64) * seq_q + o_m
                 b_norm = gl.load(p_norm, mask=o_m < seq_q, other=0.0) * LOG2E
                 b_norm = mass_norm(b_norm, o_m, seq_q)
-            leave_mass(p_left, b_sum, b_m, b_norm, HAS_LSE_PREV)
+            leave_mass(p_left, b_l, b_m, b_norm, HAS_LSE_PREV)
         turn += 1
         mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
-        b_o = warpgroup_mma_wait(0, deps=(b_o,))
-        mbarrier.arrive(empty.index(stage), count=1)
         if HAS_LENGTHS and current * BLOCK_N + BLOCK_N > length:
             clear_past(v_bufs.index(turn % RING), length - current * BLOCK_N, BLOCK_N, BLOCK_D)
-        if rows > 0:
-            _store_out(b_o, b_l, out_ptr, out_b, out_h, out_m, seq_q, num_heads, HEAD_DIM, GROUP)
-        b_pd = _pack(b_p, DTYPE, P_LAYOUT)
-        first = 1
-        b_alpha = gl.full([64], 1.0, gl.float32, ROW_S)
-        b_l = b_sum
-        out_b = i_b
-        out_h = i_h
-        out_m = i_m
+        b_pd = gl.convert_layout(b_p.to(DTYPE), P_LAYOUT)
 
         for j in range(1, count):
             stage = turn % RING
             take_turn(GROUP)
             b_s = _scores(b_q, k_bufs.index(stage), BLOCK_N, BLOCK_D, S_LAYOUT)
-            # Rescaling the output hides under the product that has begun.  ptxas would hoist it, but for a new basic
-            # block (this wait is over already) and for data that only this block has.
+            # Rescaling the output hides under the product that has begun.  ptxas would hoist it but for a new basic block:
+            # this wait is over already.
             mbarrier.wait(full.index(stage), (turn // RING) & 1)
-            b_o = _rescale(b_o, _reread(b_alpha))
-            b_o = _add_values(b_o, b_pd, v_bufs.index(stage), first, DTYPE)
-            first = 0
+            b_o = rescale(b_o, b_alpha)
+            b_o = warpgroup_mma(
+                b_pd, v_bufs.index(stage).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
+            )
             pass_turn(GROUP)
             b_s = warpgroup_mma_wait(1, deps=(b_s,))
             b_top = gl.max(b_s, 1) * qk_scale
             if WITH_VOTE:
-                store_vote(b_top - (b_m + b_threshold), p_vote + following)
+                store_vote(b_top - (b_best + b_threshold), p_vote + following)
+                b_best = gl.maximum(b_best, b_top)
                 following = gl.load(p_list + gl.maximum(count - 2 - j, 0))
-            b_m_new = gl.maximum(b_m, b_top)
+            b_m_new = lazy_maximum(b_m, b_top)
             b_p = gl.exp2(b_s * qk_scale - b_m_new[:, None])
             b_alpha = gl.exp2(b_m - b_m_new)
             b_sum = gl.sum(b_p, 1)
@@ -309,23 +209,37 @@ def _consumer(
             mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
             b_o = warpgroup_mma_wait(0, deps=(b_o,))
             mbarrier.arrive(empty.index(stage), count=1)
-            b_pd = _pack(b_p, DTYPE, P_LAYOUT)
+            b_pd = gl.convert_layout(b_p.to(DTYPE), P_LAYOUT)
 
+        b_o = rescale(b_o, b_alpha)
+        b_o = warpgroup_mma(
+            b_pd, v_bufs.index(turn % RING).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
+        )
+        b_o = warpgroup_mma_wait(0, deps=(b_o,))
+        mbarrier.arrive(empty.index(turn % RING), count=1)
+        turn += 1
         rows += 1
+
         if WITH_LSE:
             p_lse = lse_ptr + (i_row // q_blocks).to(gl.int64) * seq_q + o_m
             gl.store(p_lse, b_m * LN2 + gl.log(b_l), mask=o_m < seq_q)
+        b_empty = gl.convert_layout(b_l, ROW_O)[:, None] == 0.0
+        b_o = gl.where(b_empty, 0.0, b_o * gl.convert_layout(1.0 / b_l, ROW_O)[:, None])
+        tma.store_wait(0)
+        out_smem.reshape([64, BLOCK_D]).store(b_o.to(DTYPE))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out_desc, [i_b, i_h, i_m * 128 + GROUP * 64, 0], out_smem)
+        if ALIAS:
+            # The output leaves through Q's buffer: the next Q may only land once it has been read.
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(GROUP), count=1)
         if WITH_MASS:
             if not HAS_LSE_PREV:
                 gl.store(p_left + WIDTH, mass_norm(b_m + log2(b_l), o_m, seq_q))
             p_mass = mass_ptr + i_row.to(gl.int64) * kv_blocks
             store_mass(p_space, p_mass, p_list, count, HAS_LSE_PREV, GROUP)
         item = take_over(work, work_full, work_empty, rows & 1, (rows >> 1) & 1)
-
-    b_o = _rescale(b_o, b_alpha)
-    b_o = _add_values(b_o, b_pd, v_bufs.index(turn % RING), first, DTYPE)
-    b_o = warpgroup_mma_wait(0, deps=(b_o,))
-    _store_out(b_o, b_l, out_ptr, out_b, out_h, out_m, seq_q, num_heads, HEAD_DIM, GROUP)
+    tma.store_wait(0)
 
 
 # Sizes differ from call to call and gain nothing from specialisation: one binary serves every shape.
@@ -347,7 +261,7 @@ def block_sparse_fwd_sm90(
     q_desc,
     k_desc,
     v_desc,
-    out_ptr,
+    out_desc,
     lse_ptr,
     vote_ptr,
     mass_ptr,
@@ -371,7 +285,7 @@ def block_sparse_fwd_sm90(
     RING: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
+    ALIAS: gl.constexpr,
     HAS_LENGTHS: gl.constexpr,
     WITH_LSE: gl.constexpr,
     WITH_VOTE: gl.constexpr,
@@ -391,6 +305,12 @@ def block_sparse_fwd_sm90(
     q_bufs = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, BLOCK_D], q_desc.layout)
     k_bufs = gl.allocate_shared_memory(k_desc.dtype, [RING, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
     v_bufs = gl.allocate_shared_memory(v_desc.dtype, [RING, 1, 1, BLOCK_N, BLOCK_D], v_desc.layout)
+    if ALIAS:
+        out_bufs = q_bufs
+    else:
+        out_bufs = gl.allocate_shared_memory(
+            out_desc.dtype, [2, 1, 1, 64, BLOCK_D], out_desc.layout
+        )
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
@@ -412,19 +332,19 @@ def block_sparse_fwd_sm90(
             (
                 _consumer,
                 (
-                    out_ptr, q_bufs, k_bufs, v_bufs, q_full, q_empty, full, empty, work, work_full, work_empty,
-                    lse_ptr, vote_ptr, mass_ptr, lse_prev_ptr, space_ptr, kv_indices_ptr, kv_lengths_ptr, stride_ib,
-                    stride_ih, scale, vote_threshold, num_heads, seq_q, seq_k, q_blocks, kv_blocks, RING, BLOCK_N,
-                    BLOCK_D, HEAD_DIM, HAS_LENGTHS, WITH_LSE, WITH_VOTE, WITH_MASS, HAS_LSE_PREV, 0,
+                    out_desc, q_bufs, k_bufs, v_bufs, out_bufs, q_full, q_empty, full, empty, work, work_full,
+                    work_empty, lse_ptr, vote_ptr, mass_ptr, lse_prev_ptr, space_ptr, kv_indices_ptr, kv_lengths_ptr,
+                    stride_ib, stride_ih, scale, vote_threshold, num_heads, seq_q, seq_k, q_blocks, kv_blocks, RING,
+                    BLOCK_N, BLOCK_D, ALIAS, HAS_LENGTHS, WITH_LSE, WITH_VOTE, WITH_MASS, HAS_LSE_PREV, 0,
                 ),
             ),
             (
                 _consumer,
                 (
-                    out_ptr, q_bufs, k_bufs, v_bufs, q_full, q_empty, full, empty, work, work_full, work_empty,
-                    lse_ptr, vote_ptr, mass_ptr, lse_prev_ptr, space_ptr, kv_indices_ptr, kv_lengths_ptr, stride_ib,
-                    stride_ih, scale, vote_threshold, num_heads, seq_q, seq_k, q_blocks, kv_blocks, RING, BLOCK_N,
-                    BLOCK_D, HEAD_DIM, HAS_LENGTHS, WITH_LSE, WITH_VOTE, WITH_MASS, HAS_LSE_PREV, 1,
+                    out_desc, q_bufs, k_bufs, v_bufs, out_bufs, q_full, q_empty, full, empty, work, work_full,
+                    work_empty, lse_ptr, vote_ptr, mass_ptr, lse_prev_ptr, space_ptr, kv_indices_ptr, kv_lengths_ptr,
+                    stride_ib, stride_ih, scale, vote_threshold, num_heads, seq_q, seq_k, q_blocks, kv_blocks, RING,
+                    BLOCK_N, BLOCK_D, ALIAS, HAS_LENGTHS, WITH_LSE, WITH_VOTE, WITH_MASS, HAS_LSE_PREV, 1,
                 ),
             ),
             (
@@ -432,7 +352,7 @@ def block_sparse_fwd_sm90(
                 (
                     q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, q_empty, full, empty, work, work_full,
                     work_empty, kv_num_blocks_ptr, kv_indices_ptr, order_ptr, draw_ptr, stride_ib, stride_ih,
-                    num_heads, q_blocks, kv_blocks, num_rows, RING, BLOCK_N, True, False,
+                    num_heads, q_blocks, kv_blocks, num_rows, RING, BLOCK_N, False,
                 ),
             ),
         ],

@@ -178,12 +178,12 @@ def hopper_attention(
     from sparsediff.kernels._block_sparse_sm90 import block_sparse_fwd_sm90
 
     block_d = 64 if head_dim == 64 else 128
-    ring = hopper_ring(block_n, block_d)
+    ring, alias = hopper_ring(block_n, block_d)
     constants = {
         "RING": ring,
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
-        "HEAD_DIM": head_dim,
+        "ALIAS": alias,
         "HAS_LENGTHS": lengths,
         **_byproduct_flags(byproducts, lse_prev),
     }
@@ -193,6 +193,7 @@ def hopper_attention(
             ("q_desc", 64),
             ("k_desc", block_n),
             ("v_desc", block_n),
+            ("out_desc", 64),
         )
     }
     flags = (("byproducts", byproducts), ("lengths", lengths), ("lse_prev", lse_prev))
@@ -275,7 +276,6 @@ def _compile_gluon(
         **dict.fromkeys(("order_ptr", "draw_ptr"), "*i32"),
         **dict.fromkeys(("lse_ptr", "lse_prev_ptr", "mass_ptr", "space_ptr"), "*fp32"),
         **dict.fromkeys(("q_scale_ptr", "k_scale_ptr", "v_scale_ptr", "error_ptr"), "*fp32"),
-        "out_ptr": f"*{boxes['q_desc'][0]}",
         "vote_ptr": "*u8",
         "scale": "fp32",
         "vote_threshold": "fp32",

@@ -65,14 +65,14 @@ def architecture(capability: tuple[int, int]) -> str:
     return f"sm{older[-1]}"
 
 
-def hopper_ring(block_n: int, block_d: int) -> int:
-    """Stages of the Hopper kernel's ring.
+def hopper_ring(block_n: int, block_d: int) -> tuple[int, bool]:
+    """Stages of the Hopper kernel's ring, and whether the output must share Q's buffers to make room for them.
 
-    Three stages of 64 KB give TMA a full turn and fill, with Q, the 227 KB of an SM.
+    Three stages of 64 KB give TMA a full turn and fill the 227 KB of an SM; smaller tiles leave room for both.
     """
     if block_d == 64:
-        return 4
-    return 3 if block_n == 128 else 5
+        return 4, False
+    return (3, True) if block_n == 128 else (5, False)
 
 
 def hopper_8bit_ring(fp8_pv: bool) -> int:
