@@ -173,7 +173,7 @@ def _layer(layer: object) -> LayerResult:
 
 
 def _forecast(report: RunReport | None) -> Forecast | None:
-    if report is None or None in (report.tokens, report.attention_share, report.estimated_speedup):
+    if report is None or None in (report.tokens, report.attention_share):
         return None
     return Forecast(
         tokens=report.tokens,

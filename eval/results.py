@@ -128,13 +128,14 @@ class Forecast:
         tokens: of one attention call.
         attention_share: of self-attention in the transformer's arithmetic, dense.
         density: over all steps.
-        speedup: predicted dense denoiser time over this arm's.
+        speedup: predicted dense denoiser time over this arm's; None where work is so little that launching it takes
+            longer, and arithmetic predicts nothing.
     """
 
     tokens: int
     attention_share: float
     density: float
-    speedup: float
+    speedup: float | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ class ArmSummary:
         identical: clips that equal their dense twin bit by bit.
         speedup: dense time over this arm's, the whole call; the geometric mean over clips.
         denoiser_speedup: the same for the transformers alone.
-        forecast: speed-up of the denoiser that operation counts predict; None for dense arms.
+        forecast: speed-up of the denoiser that operation counts predict; None for dense arms and runs too short for one.
         seconds, denoiser_seconds: median of a clip, mean over clips.
         attention_share, mask_share: of attention in the denoiser's time, of choosing blocks in attention's, measured.
         peak_memory_bytes: the largest of any clip.
@@ -75,7 +75,11 @@ def _summarise(results: Results, arm: ArmResult) -> ArmSummary:
     pairs = results.pairs(arm) if arm.role != "dense" else []
     clips = arm.clips
     names = [n for n in METRICS if any(_has(c, n) for c in clips)]
-    forecasts = [c.forecast.speedup for c in clips if c.forecast is not None]
+    forecasts = [
+        c.forecast.speedup
+        for c in clips
+        if c.forecast is not None and c.forecast.speedup is not None
+    ]
     peaks = [c.peak_memory_bytes for c in clips if c.peak_memory_bytes is not None]
     timed = [c.timings for c in clips]
     return ArmSummary(

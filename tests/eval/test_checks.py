@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sparsediff.eval.runner as runner
+from sparsediff.eval import checks
 from sparsediff.eval.checks import check_density, check_picture, check_timing, failed
 from sparsediff.eval.results import Spread, Timings, load_results
 from sparsediff.eval.runner import Options, evaluate
@@ -138,6 +139,22 @@ def test_a_density_that_was_not_asked_for(pipe, tmp_path):
     found = check_density(wrong)
     assert found.passed is False
     assert "0.050 were asked for" in found.detail
+
+
+def test_a_density_rounded_to_whole_blocks_is_what_was_asked_for(pipe, tmp_path):
+    """Runs too short for a forecast of their speed know how many tokens they had all the same."""
+    arm = run(pipe, tmp_path).others[0]
+    clips = tuple(
+        dataclasses.replace(c, forecast=dataclasses.replace(c.forecast, speedup=None))
+        for c in arm.clips
+    )
+    kept = sum(map(checks._sparse_density, clips)) / len(clips)
+    tokens, block = clips[0].forecast.tokens, arm.parameters["block"]
+    for blocks, passes in ((0.9, True), (1.1, False)):
+        asked = kept - checks.DENSITY_SLACK - blocks * block / tokens
+        parameters = {**arm.parameters, "density": asked}
+        found = check_density(dataclasses.replace(arm, clips=clips, parameters=parameters))
+        assert found.passed is passes
 
 
 def test_a_black_clip(results_folder):

@@ -140,7 +140,9 @@ def test_steps_of_a_pipeline_without_a_callback_are_read_off_its_bar():
     assert "callback_on_step_end" not in inspect.signature(pipe.__call__).parameters
     seen = []
     for enabled in (False, True):
-        with sparsediff.enable(pipe, density=0.2, block=32) if enabled else contextlib.nullcontext():
+        with (
+            sparsediff.enable(pipe, density=0.2, block=32) if enabled else contextlib.nullcontext()
+        ):
             before = vars(pipe).get("progress_bar")
             with _steps_of_bar(pipe, lambda *told: seen.append(told)):
                 family.run(pipe, steps=3)
