@@ -159,8 +159,8 @@ class Page:
             [self.all_meter, self.all_result, self.run_all, self.cancel_all],
             **quiet,
         )
-        self.cancel.click(self.stop, None, self.meter, **light)
-        self.cancel_all.click(self.stop_study, None, self.all_meter, **light)
+        self.cancel.click(self.stop, None, None, **light)
+        self.cancel_all.click(self.stop_study, None, None, **light)
         self.inside_tab.select(self.look_inside, None, self.inside, **quiet)
         self.address.change(
             None, self.address, self.link, js=PUT_IN_ADDRESS, api_visibility="private"
@@ -302,17 +302,13 @@ class Page:
             return gr.skip() if len(report) < EAGER_CHARACTERS else framed(report, "inside")
         return example("inside")
 
-    def stop(self, request: gr.Request) -> object:
+    def stop(self, request: gr.Request) -> None:
         """Cancel on the first tab."""
-        return self._stop(request, "compare")
+        self.sessions.of(_visitor(request, "compare")).cancel()
 
-    def stop_study(self, request: gr.Request) -> object:
+    def stop_study(self, request: gr.Request) -> None:
         """Cancel on the third tab."""
-        return self._stop(request, "study")
-
-    def _stop(self, request: gr.Request, kind: str) -> object:
-        stopped = self.sessions.of(_visitor(request, kind)).cancel()
-        return meter(Phase(name="Cancelling", id="cancelling")) if stopped else gr.skip()
+        self.sessions.of(_visitor(request, "study")).cancel()
 
 
 def _visitor(request: gr.Request, kind: str) -> str:

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from sparsediff.demo.jobs import Job
+from sparsediff.demo.meters import Phase
 from sparsediff.demo.work import Result
 
 MAX_VISITORS = 64  # remembered; who was idle longest is forgotten first
@@ -31,12 +32,12 @@ class Session:
         self.job = job
         return job
 
-    def cancel(self) -> bool:
-        """Stop what runs; returns whether something did."""
-        running = self.job is not None and not self.job.cancelled
-        if running:
+    def cancel(self) -> None:
+        """Stop what runs, if anything does."""
+        if self.job is not None and not self.job.cancelled:
+            # Told among the job's own events: said by whoever asked, it could come after the job's last word and stay.
+            self.job.tell(Phase(name="Cancelling", id="cancelling"))
             self.job.cancel()
-        return running
 
     def keep(self, result: Result) -> None:
         """Take a new result, and throw away the files of the one it follows."""

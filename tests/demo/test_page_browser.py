@@ -9,12 +9,16 @@ from browser import Watched, launch
 
 gradio = pytest.importorskip("gradio", reason="the extra `demo` is not installed")
 
+from whole_pipelines import whole_flux  # noqa: E402
+
 from sparsediff.demo.page import Page  # noqa: E402
 from sparsediff.demo.serve import serve  # noqa: E402
+from sparsediff.demo.studio import Studio  # noqa: E402
 from sparsediff.eval.compare import Request  # noqa: E402
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
-SIZE = "height=128&width=128&frames=29"
+SIZE = "height=128&width=128&frames=29"  # 512 tokens, enough for every method
+SHORT = "height=128&width=128&frames=9&set.block=32"
 DONE, SECONDS = "Done", 1000
 LONG = 120 * SECONDS  # a busy machine must not fail these tests
 
@@ -53,13 +57,13 @@ def visit(browser, url):
     """`visit(query)` opens the page as a new visitor; afterwards nobody may have complained or called home."""
     watched, contexts = Watched(), []
 
-    def visit(query=f"prompt=a+star&steps=3&{SIZE}", **options):
+    def visit(query=f"prompt=a+star&steps=3&{SIZE}", *, at=url, **options):
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(LONG)
-        watched.watch(page, allow=(url, "data:", "blob:"))
-        page.goto(f"{url}?{query}")
+        watched.watch(page, allow=(at, "data:", "blob:"))
+        page.goto(f"{at}?{query}")
         page.wait_for_selector("#run")
         page.wait_for_selector("#result iframe")
         return page
@@ -168,7 +172,7 @@ def test_only_the_sparse_run_is_made_again_with_another_method(visit):
 
 
 def test_cancel_stops_and_the_next_run_is_right(visit, studio):
-    page = visit(f"prompt=a+star&seed=2&steps=50&{SIZE}")
+    page = visit(f"prompt=a+star&seed=2&steps=50&{SHORT}")
     page.click("#clip-settings button")
     assert page.input_value("#steps input") == "50"
     page.click("#run")
@@ -250,10 +254,9 @@ def test_the_mask_viewer_answers_clicks(visit):
     assert inside.evaluate(pictures) != drawn
 
 
-@pytest.mark.slow
 def test_two_visitors_are_queued_and_not_mixed(visit):
-    one = visit(f"prompt=first&seed=31&steps=12&{SIZE}")
-    two = visit(f"prompt=second&seed=32&steps=4&{SIZE}&set.density=0.5")
+    one = visit(f"prompt=first&seed=31&steps=30&{SHORT}")
+    two = visit(f"prompt=second&seed=32&steps=4&{SHORT}&set.density=0.5")
     watch_meter(two)
     one.click("#run")
     one.wait_for_selector("#meter [data-phase=dense]:not([data-step='0'])")
@@ -264,7 +267,7 @@ def test_two_visitors_are_queued_and_not_mixed(visit):
     assert any("one other run first" in head for head in heads)
     assert frame(one).evaluate("DATA.prompts[0]") == {"index": 0, "prompt": "first", "seed": 31}
     assert frame(two).evaluate("DATA.prompts[0]") == {"index": 0, "prompt": "second", "seed": 32}
-    assert frame(two).evaluate("DATA.arms[1].label") == "auto density=0.5"
+    assert frame(two).evaluate("DATA.arms[1].label") == "auto density=0.5, block=32"
 
 
 @pytest.mark.slow
@@ -320,6 +323,56 @@ def test_a_phone_shows_everything_without_scrolling_sideways(visit):
         assert inside.evaluate("document.documentElement.dataset.theme") == scheme
         for name in ("Compare", "Look inside", "Methods", "Share"):
             assert page.get_by_role("tab", name=name).is_visible()
+
+
+def test_presets_fill_in_parameters_and_are_forgotten_when_these_change(visit):
+    page = visit("")
+    density = "#auto-density input[type=number]"
+    assert page.input_value("#preset input") == "as it comes"
+    page.click("#preset input")
+    page.get_by_role("option", name="fast").click()
+    page.wait_for_function("document.querySelector('#auto-density input').value === '0.15'")
+    page.fill(density, "0.4")
+    page.wait_for_function("document.querySelector('#preset input').value === ''")
+    page.locator("#examples button").nth(1).click()
+    page.wait_for_function(
+        "document.querySelector('#prompt textarea').value.includes('camera pans')"
+    )
+
+
+def test_a_model_of_pictures_shows_pictures(visit, tmp_path):
+    whole_flux().save_pretrained(tmp_path)
+    size = {"steps": 3, "height": 64, "width": 64, "text_tokens": 20}
+    studio = Studio(str(tmp_path), device="cpu", defaults=size)
+    pictures, address = serve(studio, port=None, block=False)
+    studio.wait_until_loaded()
+    try:
+        page = visit("prompt=a+star&set.density=0.25&set.block=32", at=address)
+        page.wait_for_selector(f".sd-state.ready:text-is('{tmp_path.name} on cpu')")
+        assert str(tmp_path) not in page.inner_text("body")
+        page.click("#clip-settings button")
+        assert page.is_visible("#width input")
+        assert not page.is_visible("#frames")
+        assert not page.is_visible("#negative_prompt")
+        inside = generate(page)
+        inside.wait_for_function("player.node.dataset.apart !== undefined")
+        assert float(inside.evaluate("player.node.dataset.apart")) > 0
+        for name in (".play", ".scrub", ".speed"):
+            assert not inside.is_visible(f".player {name}")
+        text = inside.inner_text("body")
+        assert "The two pictures are" in text
+        assert not re.search(r"\bclips?\b|\bframes?\b", text, re.IGNORECASE)
+        page.get_by_role("tab", name="Look inside").click()
+        masks = frame(page, "#inside")
+        masks.click("#masks .frames canvas", position={"x": 20, "y": 20})
+        assert re.search(r"Patch\s+row \d+, column \d+", masks.inner_text("#masks .facts"))
+        page.get_by_role("tab", name="Share").click()
+        with page.expect_download() as download:
+            page.click("#download-sparse")
+        assert download.value.path().read_bytes()[1:4] == b"PNG"
+    finally:
+        pictures.blocks.close(verbose=False)
+        studio.close()
 
 
 def test_neither_files_nor_models_can_be_had_from_the_page(url):

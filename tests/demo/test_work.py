@@ -62,13 +62,13 @@ def test_a_comparison_tells_every_step_and_leaves_results(studio, settings):
 
 
 def test_the_dense_clip_is_made_once_for_each_request(studio, settings):
-    run(comparison(studio, settings(seed=12)))
+    phases, _ = run(comparison(studio, settings(seed=12)))
+    assert [p for p in phases if p.id == "dense"]
     phases, (result,) = run(comparison(studio, settings("lite_attention", seed=12, threshold=-3.0)))
     assert not [p for p in phases if p.id == "dense"]
     (arm,) = load_results(result.folder).others
     assert arm.method == "lite_attention"
-    phases, _ = run(comparison(studio, settings(seed=13)))
-    assert [p for p in phases if p.id == "dense"]
+    assert studio.limits.check(settings(seed=13).request) not in studio.dense
 
 
 def test_a_cancelled_run_leaves_the_pipeline_stock_and_the_next_one_right(studio, settings):
@@ -107,7 +107,7 @@ def _dense(studio, settings):
 
 @pytest.mark.slow
 def test_all_methods_share_one_dense_clip_and_show_up_one_by_one(studio, settings):
-    phases, results = run(all_methods(studio, settings(seed=15)))
+    phases, results = run(all_methods(studio, settings(seed=15, frames=29)))
     assert len(results) == len(studio.methods) == 6
     assert len({r.folder for r in results}) == 1
     final = load_results(results[-1].folder)
@@ -140,7 +140,7 @@ def test_a_wrong_parameter_is_refused_before_the_dense_run(studio, settings):
 
 
 def test_a_calibration_given_at_the_start_offers_its_method(studio, settings, tmp_path):
-    asked = settings("paro_attention", seed=18)
+    asked = settings("paro_attention", seed=18, frames=29)
     call = studio.limits.check(asked.request).arguments()
     for name in ("prompt", "generator", "output_type"):
         del call[name]
@@ -222,6 +222,19 @@ def test_visitors_are_kept_apart_and_forgotten():
         sessions.of(f"other {i}")
     assert job.cancelled
     assert sessions.of("one") is not one
+
+
+def test_cancelling_is_said_before_the_job_ends_and_never_after():
+    session = Sessions().of("one")
+    job = session.start(Job(lambda job: [job.tell("running"), job._cancelled.wait(5), job.check()]))
+    told = []
+    with pytest.raises(Cancelled):  # noqa: PT012
+        for event in job.events():
+            told.append(event)
+            session.cancel()
+            session.cancel()
+    assert told[0] == "running"
+    assert [e.id for e in told[1:]] == ["cancelling"]
 
 
 # -- what a run says of itself ----------------------------------------------------------------------------------------
