@@ -53,6 +53,8 @@ class Compiled:
     shared_bytes: int
     # Hopper only: exponentials that run while PV is in flight, for each of the two warpgroups' loops
     overlapped_exponentials: tuple[int, ...] = ()
+    # and multiplications of the output that a warp jumps over where no maximum has moved
+    jumped_multiplications: tuple[int, ...] = ()
 
 
 def portable_attention(
@@ -303,8 +305,11 @@ def _compile(name: str, arch: str, source: ASTSource, options: dict) -> Compiled
     compiled = triton.compile(source, target=GPUTarget("cuda", int(arch[2:]), 32), options=options)
     cubin = compiled.asm["cubin"]
     registers, stack = resources(cubin)
-    overlapped = overlapped_exponentials(machine_code(cubin)) if name.startswith("hopper") else ()
-    return Compiled(name, arch, registers, stack, compiled.metadata.shared, overlapped)
+    found: tuple[tuple[int, ...], ...] = ()
+    if name.startswith("hopper"):
+        instructions = machine_code(cubin)
+        found = overlapped_exponentials(instructions), jumped_multiplications(instructions)
+    return Compiled(name, arch, registers, stack, compiled.metadata.shared, *found)
 
 
 def overlapped_exponentials(instructions: list[str]) -> tuple[int, ...]:
@@ -323,6 +328,26 @@ def overlapped_exponentials(instructions: list[str]) -> tuple[int, ...]:
         elif counting and "MUFU.EX2" in line:
             counts[-1] += 1
     return tuple(counts)
+
+
+def jumped_multiplications(instructions: list[str]) -> tuple[int, ...]:
+    """For each jump that a warp takes by vote: the multiplications it leaves out.
+
+    ptxas may turn a jump over little work into predicates; then every tile pays for rescaling the output.
+    """
+    counts, label = [], None
+    for line in instructions:
+        words = line.split()
+        if "VOTE.ANY" in words:
+            label = ""
+        elif label == "" and (found := re.search(r"@!?P\d+ BRA `\((\S+)\)", line)):
+            label = found[1]
+            counts.append(0)
+        elif label and words == [f"{label}:"]:
+            label = None
+        elif label and "FMUL" in words:
+            counts[-1] += 1
+    return tuple(n for n in counts if n)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

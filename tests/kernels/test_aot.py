@@ -33,6 +33,10 @@ def assert_sound(kernel):
         assert min(kernel["overlapped_exponentials"]) >= tile_columns // 2 - 4, (
             "the softmax does not hide PV"
         )
+        if "fp8" not in name:
+            # A thread has half a row of the output: in the loop of each warpgroup, and the 16-bit kernel once more after it.
+            each = 32 if " D64 " in name else 64
+            assert kernel["jumped_multiplications"] == [each] * (2 if "int8" in name else 4), kernel
     elif name.startswith("mass"):
         assert kernel["registers"] == 96, "five warpgroups' register budget starts from 96"
         assert kernel["stack_bytes"] <= 32, kernel
