@@ -6,10 +6,10 @@ AlexNet's weights come from a download that tests do not make; random ones in th
 import pytest
 import torch
 
+from sparsediff.eval import metrics, perceptual
+
 lpips_package = pytest.importorskip("lpips", exc_type=ImportError)
 torchvision = pytest.importorskip("torchvision", exc_type=ImportError)
-
-from sparsediff.eval import metrics, perceptual
 
 
 @pytest.fixture(autouse=True)
