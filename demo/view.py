@@ -26,8 +26,8 @@ TITLES = {
 
 # The stored clip's times were taken while the machine did other work, so the page does not show them.
 EXAMPLE_NOTE = (
-    '<p class="sd-label"><b>Stored example</b> tiny-wan, auto as it comes, 20 steps, seed 0. '
-    "Press the button to make your own.</p>"
+    '<p class="sd-label"><b>Stored example</b> a clip of tiny-wan, auto as it comes, 20 steps, seed 0; without times, '
+    "since it was made on a busy machine. Press the button to make your own.</p>"
 )
 
 

@@ -17,6 +17,9 @@
 
   if (root.dataset.part === "methods") document.querySelector("#results").after(document.querySelector("#tradeoff") ?? "");
 
+  // Times that mean nothing are shown nowhere.
+  if (root.dataset.timed === "false") document.querySelector("#steps-kind option[value=seconds]")?.remove();
+
   // Moving pictures should move, unless somebody has asked for stillness.
   if (root.dataset.part !== "inside" && !STILL && !matchMedia("(prefers-reduced-motion: reduce)").matches) {
     const start = (tries) => {

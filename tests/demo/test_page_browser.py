@@ -11,6 +11,7 @@ gradio = pytest.importorskip("gradio", reason="the extra `demo` is not installed
 
 from whole_pipelines import whole_flux  # noqa: E402
 
+from sparsediff.demo.jobs import Job  # noqa: E402
 from sparsediff.demo.page import Page  # noqa: E402
 from sparsediff.demo.serve import serve  # noqa: E402
 from sparsediff.demo.studio import Studio  # noqa: E402
@@ -114,6 +115,11 @@ def test_it_opens_with_something_to_look_at_and_asks_nobody(visit, outside):
     assert example.is_visible("#clips")
     assert "PSNR" in example.inner_text(".tiles")
     assert "Denoiser" not in example.inner_text(".tiles")
+    assert example.locator("#steps-kind option").all_inner_texts() == [
+        "latents, distance to dense",
+        "density",
+        "noise level",
+    ]
     assert not example.is_visible("#environment")
     assert "random-wan on cpu" in page.inner_text("#header")
     assert page.input_value("#prompt textarea") == "a small red circle moves left"
@@ -254,17 +260,15 @@ def test_the_mask_viewer_answers_clicks(visit):
     assert inside.evaluate(pictures) != drawn
 
 
-def test_two_visitors_are_queued_and_not_mixed(visit):
-    one = visit(f"prompt=first&seed=31&steps=30&{SHORT}")
+def test_two_visitors_are_queued_and_not_mixed(visit, studio):
+    one = visit(f"prompt=first&seed=31&steps=4&{SHORT}")
     two = visit(f"prompt=second&seed=32&steps=4&{SHORT}&set.density=0.5")
-    watch_meter(two)
-    one.click("#run")
-    one.wait_for_selector("#meter [data-phase=dense]:not([data-step='0'])")
-    two.click("#run")
+    with studio.turns.turn(Job(lambda job: None), lambda ahead: None):  # a third one, before both
+        for page, said in ((one, "one other run first"), (two, "2 other runs first")):
+            page.click("#run")
+            page.wait_for_selector(f"#meter [data-phase=waiting]:has-text('{said}')")
     for page in (one, two):
         page.wait_for_selector(f"#meter .sd-head b:text-is('{DONE}')")
-    heads = [s["head"] for s in two.evaluate("window.seen") if s["phase"] == "waiting"]
-    assert any("one other run first" in head for head in heads)
     assert frame(one).evaluate("DATA.prompts[0]") == {"index": 0, "prompt": "first", "seed": 31}
     assert frame(two).evaluate("DATA.prompts[0]") == {"index": 0, "prompt": "second", "seed": 32}
     assert frame(two).evaluate("DATA.arms[1].label") == "auto density=0.5, block=32"
