@@ -16,8 +16,8 @@ import argparse
 import datetime
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -64,12 +64,15 @@ class Arm:
 
     method: Method
     target: float | None  # density asked for
+    changes: Mapping[str, object] = field(default_factory=dict)  # of a candidate
 
     @property
     def series(self) -> str:
         """What the arm is a point of: its method, and the order it visits blocks in where that is not the published one."""
         order = getattr(self.method, "visiting_order", "descending")
-        return self.method.name if order == "descending" else f"{self.method.name} {order}"
+        words = [] if order == "descending" else [order]
+        words += [f"{name}={value}" for name, value in self.changes.items()]
+        return " ".join([self.method.name, *words])
 
     @property
     def label(self) -> str:
@@ -113,6 +116,24 @@ def arms() -> Iterator[Arm]:
             yield Arm(lite, None)
     for density in LITE_DENSITIES:
         yield Arm(Random(density=density), density)
+
+
+def candidates() -> Iterator[Arm]:
+    """What might become the default: `auto` with one other choice each, beside it as it is."""
+    for d in DENSITIES:
+        for changes in (
+            {},
+            {"refresh": (0.5,)},
+            {"refresh": 4},
+            {"budget": "head_percentile"},
+            {"budget": "head_adaptive"},
+            {"budget": "head_percentile", "refresh": (0.5,)},
+            {"budget": "head_adaptive", "refresh": (0.5,)},
+            {"windows": ((1, 8, 8),)},
+            {"producer": "pooled", "refresh": 1},
+            {"vote_threshold_log2": -4.0},
+        ):
+            yield Arm(Auto(density=d, **changes), d, changes)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -177,7 +198,8 @@ def _chosen_arms(args: argparse.Namespace) -> list[Arm]:
     Raises:
         ValueError: an arm that there is not, or more captions than the exam has.
     """
-    known = list(dict.fromkeys(a.method.name for a in arms()))
+    every = candidates if args.candidates else arms
+    known = list(dict.fromkeys(a.method.name for a in every()))
     if unknown := [name for name in args.arms or () if name not in known]:
         raise ValueError(f"no arm is called {', '.join(unknown)}; there are {', '.join(known)}")
     if not 1 <= args.prompts <= EXAM - CALIBRATION_PROMPTS:
@@ -189,7 +211,7 @@ def _chosen_arms(args: argparse.Namespace) -> list[Arm]:
         raise ValueError(
             f"--shard counts from 0 to --shards - 1 = {args.shards - 1}, got {args.shard}"
         )
-    chosen = [a for a in arms() if not args.arms or a.method.name in args.arms]
+    chosen = [a for a in every() if not args.arms or a.method.name in args.arms]
     return chosen[args.shard :: args.shards]
 
 
@@ -272,6 +294,9 @@ def main(argv: list[str] | None = None) -> None:
     one.add_argument("--seeds", type=int, default=2, help="seeds of each prompt")
     one.add_argument("--batch", type=int, default=32, help="clips at a time")
     one.add_argument("--arms", nargs="*", help="methods by name; all unless given")
+    one.add_argument(
+        "--candidates", action="store_true", help="forms of auto in place of the methods"
+    )
     one.add_argument("--shard", type=int, default=0, help="take every ...")
     one.add_argument("--shards", type=int, default=1, help="... so many-th arm")
     one.add_argument(

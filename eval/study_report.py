@@ -67,7 +67,7 @@ def table(result: dict) -> list[str]:
         "| PSNR less that of random blocks |",
         "|---|---|" + "---|" * (len(metrics) + 3),
     ]
-    auto, random = ([a for a in result["arms"] if a["method"] == m] for m in ("auto", "random"))
+    auto, random = ([a for a in result["arms"] if a["series"] == s] for s in ("auto", "random"))
     for arm in sorted(result["arms"], key=lambda a: (-(a["target"] or 0), -mean(a, "psnr"))):
         values = " | ".join(f"{mean(arm, m):.{2 if m == 'psnr' else 4}f}" for m in metrics)
         to_auto, to_random = (
@@ -149,11 +149,10 @@ def picture(results: list[dict], path: Path) -> None:
         lines = defaultdict(list)
         for arm in result["arms"]:
             lines[arm["series"]].append((arm["density"], mean(arm, "psnr")))
-        for name, colour in COLOURS.items():
-            if name in lines:
-                x, y = zip(*sorted(lines[name]), strict=True)
-                width = 2.4 if name == "auto" else 1.4
-                panel.plot(x, y, marker="o", ms=4, color=colour, lw=width, label=name)
+        for name in sorted(lines, key=lambda n: list(COLOURS).index(n) if n in COLOURS else 99):
+            x, y = zip(*sorted(lines[name]), strict=True)
+            width = 2.4 if name == "auto" else 1.4
+            panel.plot(x, y, marker="o", ms=4, color=COLOURS.get(name), lw=width, label=name)
         panel.set_title(f"{result['model']}, {result['grid']} tokens", fontsize=10)
         panel.set_xlabel("density over all steps")
         panel.grid(alpha=0.25)

@@ -86,6 +86,14 @@ def test_shards_share_the_arms_between_them():
     assert names == {*sparsediff.list_methods(), "random"} - {"custom"}
 
 
+def test_candidates_are_held_against_the_default_as_it_is():
+    candidates = list(study.candidates())
+    assert len({a.label for a in candidates}) == len(candidates)
+    plain = [a for a in candidates if a.series == "auto"]
+    assert [a.method for a in plain] == [a.method for a in study.arms() if a.series == "auto"]
+    assert len({a.method for a in candidates}) == len(candidates), "each is another method"
+
+
 @pytest.mark.parametrize("steps", [5, 20, 50])
 def test_every_arm_has_a_fifth_of_its_steps_dense(steps):
     for arm in study.arms():
