@@ -26,7 +26,8 @@ any class below, or its bare transformer, and refuses every other one with this 
 - **Checked**: the {CONFORMANCE} (`tests/pipelines/test_families.py`): a dense schedule is bit-identical to stock
   diffusers, keeping every block is within rounding, half density is finite and repeats, `disable()` restores, an odd size,
   every form of guidance, padding, LoRA, offload in either order, one graph under `torch.compile`.
-- **At real size**: pictures and speed of the published weights have not been looked at for any family, for want of the weights.
+- **At real size**: single steps at full width with random weights have been timed where it says so (docs/performance.md, "Whole steps"); pictures of
+  the published weights have not been looked at for any family, for want of the weights.
 - **Releases of diffusers**: {FLOOR} and later. Nearly everything below is in {FLOOR}; what is not says which release it came with,
   and `sparsediff models` says what of it the installed one lacks. `make matrix` runs the checks in the oldest and the newest release.
 """

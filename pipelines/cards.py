@@ -66,7 +66,7 @@ CARDS = (
         tokens="video",
         guidance=SEQUENTIAL,
         checked=("wan", "wan-2.2", "wan-ti2v", "wan-flf2v"),
-        real="one step of 2.1 14B at 720p, random weights, on one H200 (docs/performance.md)",
+        real="one step of 2.1 14B at 720p and of 2.2 5B at 704x1280, random weights, on one H200 (docs/performance.md)",
         note="Both experts of 2.2; first and last frame; one timestep a token (5B).",
     ),
     ModelCard(
@@ -108,6 +108,7 @@ CARDS = (
         guidance="an input of the model; one after the other with true_cfg_scale",
         checked=("hunyuan-video", "hunyuan-video-i2v"),
         note="SkyReels-V1 is this transformer.",
+        real="one step at 720p, 129 frames, random weights, on one H200 (docs/performance.md)",
     ),
     ModelCard(
         family="Framepack",
@@ -125,6 +126,7 @@ CARDS = (
         tokens="video + text and image features",
         guidance="the guider's choice, one call a branch",
         checked=("hunyuan-video-1.5",),
+        real="one step at 720p, 121 frames, random weights, on one H200 (docs/performance.md)",
     ),
     ModelCard(
         family="LTX-Video",
@@ -155,6 +157,7 @@ CARDS = (
         guidance="up to three calls a step, of one or two branches",
         checked=("ltx-2",),
         note="The video's self-attention only; audio and cross-attention stay as they are.",
+        real="one step at 1088x1920, 121 frames, random weights, on one H200 (docs/performance.md)",
     ),
     ModelCard(
         family="CogVideoX 1.0 and 1.5",
@@ -168,6 +171,7 @@ CARDS = (
         tokens="text + video",
         guidance=BATCHED,
         checked=("cogvideox", "cogvideox-1.5", "cogvideox-i2v", "cogvideox-v2v"),
+        real="one step of 1.5 5B at 768x1360, 81 frames, random weights, on one H200 (docs/performance.md)",
     ),
     ModelCard(
         family="Mochi 1",
@@ -273,6 +277,7 @@ CARDS = (
         guidance="an input of the model; one after the other with true_cfg_scale",
         checked=("flux", "flux-kontext"),
         note=f"{SHORT}. IP-Adapter's processors are refused by name.",
+        real="one step at 2048x2048 and 4096x4096, random weights, on one H200 (docs/performance.md)",
     ),
     ModelCard(
         family="Flux.2 and klein",
