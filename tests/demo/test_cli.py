@@ -1,5 +1,6 @@
 """`sparsediff demo` and the file that starts a Space."""
 
+import json
 import os
 import signal
 import socket
@@ -48,6 +49,45 @@ def test_wrong_flags_are_one_line(words, said, capsys):
     assert said in lines[0]
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def save_index(folder, pipeline, transformer):
+    """A folder of a pipeline without its weights."""
+    index = {"_class_name": pipeline, "transformer": ["diffusers", transformer]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "transformer", "words", "said"),
+    [
+        ("WanImageToVideoPipeline", "WanTransformer3DModel", [], "this page serves WanPipeline"),
+        ("FluxPipeline", "FluxTransformer2DModel", ["--frames", "9"], "FluxPipeline takes no frames"),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_served_is_one_line(pipeline, transformer, words, said, tmp_path, capsys):  # fmt: skip
+    save_index(tmp_path, pipeline, transformer)
+    assert main(["demo", "--model", str(tmp_path), *words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("sparsediff: error: ")
+    assert said in line
+
+
+@pytest.mark.slow
+def test_a_server_whose_model_cannot_be_loaded_ends(tmp_path):
+    save_index(tmp_path, "WanPipeline", "WanTransformer3DModel")
+    ended = subprocess.run(
+        [sys.executable, "-m", "sparsediff.eval", "demo", "--model", str(tmp_path), "--port", free_port()],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert "sparsediff: error: The model could not be loaded: cannot load" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_a_taken_port_is_named(capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -59,9 +99,7 @@ def test_a_taken_port_is_named(capsys):
 
 @pytest.mark.slow
 def test_the_file_of_a_space_serves_and_ends_on_interrupt():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "demo" / "app.py")],
         env={**os.environ, "SPARSEDIFF_MODEL": "random-wan", "GRADIO_SERVER_PORT": port, "PYTHONPATH": str(ROOT)},
