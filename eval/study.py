@@ -272,9 +272,9 @@ def provenance(device: torch.device) -> dict[str, str]:
 
 
 def arguments(args: argparse.Namespace) -> dict[str, object]:
-    """The command line as JSON takes it."""
+    """The command line as JSON takes it; of files their names, since where they lay means nothing elsewhere."""
     given = {name: value for name, value in vars(args).items() if name != "command"}
-    return {name: str(x) if isinstance(x, Path) else x for name, x in given.items()}
+    return {name: x.name if isinstance(x, Path) else x for name, x in given.items()}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -39,7 +39,8 @@ def assert_sound(kernel):
             assert kernel["jumped_multiplications"] == [each] * (2 if "int8" in name else 4), kernel
     elif name.startswith("mass"):
         assert kernel["registers"] == 96, "five warpgroups' register budget starts from 96"
-        assert kernel["stack_bytes"] <= 32, kernel
+        # Set aside between rows; none of it in the loop
+        assert kernel["stack_bytes"] <= 48, kernel
     else:
         # A few spills before and after the loop are harmless; hundreds of bytes are in the loop.
         assert kernel["stack_bytes"] <= 192, kernel
