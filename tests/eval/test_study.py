@@ -40,7 +40,7 @@ def test_run_writes_figures_and_what_they_were_made_of(tmp_path, capsys):
     assert len(result["calibration"]["captions"]) == 2
     assert not {*result["captions"]} & {*result["calibration"]["captions"]}
     assert result["arguments"]["arms"] == ["paro_attention"]
-    assert result["arguments"]["out"] == str(out)
+    assert result["arguments"]["out"] == out.name
     assert result["grid"] == "5x8x8"
     (arm,) = result["arms"]
     assert (arm["label"], arm["target"]) == ("paro_attention 0.5", 0.5)
