@@ -161,7 +161,9 @@ def test_one_button_makes_both_clips_and_the_meters_tell(visit):
 
 @pytest.mark.slow
 def test_only_the_sparse_run_is_made_again_with_another_method(visit):
-    page = visit(f"prompt=a+star&seed=1&steps=4&{SIZE}")
+    query = f"prompt=a+star&seed=1&steps=4&{SIZE}"
+    generate(visit(query))
+    page = visit(query)
     page.click("#method input")
     page.get_by_role("option", name="draft_attention").click()
     page.wait_for_selector("#draft_attention-sparsity", state="visible")
