@@ -357,7 +357,7 @@ def test_a_model_of_pictures_shows_pictures(visit, tmp_path):
         page.wait_for_selector(f".sd-state.ready:text-is('{tmp_path.name} on cpu')")
         assert str(tmp_path) not in page.inner_text("body")
         page.click("#clip-settings button")
-        assert page.is_visible("#width input")
+        page.wait_for_selector("#width input", state="visible")  # the group opens when it likes
         assert not page.is_visible("#frames")
         assert not page.is_visible("#negative_prompt")
         inside = generate(page)
