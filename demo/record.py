@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from sparsediff.demo.studio import REPORT, SparseRun, Studio
@@ -20,7 +19,7 @@ from sparsediff.eval.report import write_report
 from sparsediff.eval.results import CAPTURES, CLIPS, ArmResult, ClipResult, save_arm
 from sparsediff.eval.run_folder import blank_arm, configuration
 from sparsediff.eval.suites import Suite
-from sparsediff.eval.video import write_mp4
+from sparsediff.eval.video import to_pixels, write_mp4
 
 # What a visitor can wait for: optical flow takes minutes, and two clips of one scene flicker alike.
 METRICS = ("psnr", "ssim", "lpips", "st_lpips")
@@ -105,7 +104,6 @@ class Record:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_mp4(path, made.video, self.studio.served.fps)
         if not self.studio.served.video:
-            pixels = (made.video[0] * 255).round().to(torch.uint8).numpy()
-            Image.fromarray(pixels).save(self.handed_out(arm))
+            Image.fromarray(to_pixels(made.video[0])).save(self.handed_out(arm))
         clip = dataclasses.replace(clip, video=path.relative_to(self.folder).as_posix())
         save_arm(self.folder, dataclasses.replace(self.blanks[arm.name], clips=(clip,)))

@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from sparsediff.adapter import ADAPTERS
 from sparsediff.api import COMPONENTS
+from sparsediff.eval.measure import makes_video
 from sparsediff.eval.models import RANDOM, check_name
 from sparsediff.pipelines import tiny
 from sparsediff.pipelines.cards import CARDS
@@ -125,7 +126,7 @@ def served_class(name: object, transformers: Iterable[str]) -> Served:
     if needs is None:
         return Served(
             pipeline=name,
-            video="num_frames" in _defaults(cls),
+            video=makes_video(cls),
             defaults=MappingProxyType(_defaults(cls)),
         )
     siblings = [p for card in CARDS if card.transformer in known for p in card.pipelines]

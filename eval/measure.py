@@ -84,9 +84,8 @@ def generate(
         arguments = {**arguments, "callback_on_step_end": observer.step_ended}
     else:
         told = _steps_of_bar(pipe, observer.step_ended)
-    hooks = observer.watch(pipe)
     energy = EnergyMeter(device)
-    try:
+    with observer.watching(pipe):
         wait(device)
         reset_peak_memory(device)
         energy.start()
@@ -96,9 +95,6 @@ def generate(
         ended = mark(device)
         wait(device)
         total = time.perf_counter() - started
-    finally:
-        for hook in hooks:
-            hook.remove()
     video = to_video_tensor(_pictures(pipe, output))
     if not video.isfinite().all():
         raise ValueError(
@@ -148,19 +144,14 @@ def warm_up(pipe: object, arguments: dict[str, object], *, decode: bool = False)
 def denoising_seconds(pipe: object, arguments: dict[str, object]) -> float:
     """Seconds inside the transformers in one call that decodes nothing."""
     observer = _CallObserver(pipe._execution_device, trajectory=False)
-    hooks = observer.watch(pipe)
-    try:
-        with step_bar(pipe, shown=False):
-            pipe(**{**arguments, "output_type": "latent"})
+    with observer.watching(pipe), step_bar(pipe, shown=False):
+        pipe(**{**arguments, "output_type": "latent"})
         wait(pipe._execution_device)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return observer.denoiser_seconds()
 
 
 def makes_video(pipe: object) -> bool:
-    """Whether the pipeline's call takes frames, a video or their number; those that do not make images."""
+    """Whether the call of a pipeline, or of a pipeline's class, takes frames, a video or their number; those that do not make images."""
     names = inspect.signature(pipe.__call__).parameters
     return any("frame" in name or "video" in name for name in names)
 
@@ -216,8 +207,9 @@ class _CallObserver:
         self._latents: list[Tensor] | None = [] if trajectory else None
         self._step = 0
 
-    def watch(self, pipe: object) -> list:
-        return [
+    @contextlib.contextmanager
+    def watching(self, pipe: object) -> Iterator[None]:
+        hooks = [
             hook
             for model in denoisers(pipe)
             for hook in (
@@ -225,6 +217,11 @@ class _CallObserver:
                 model.register_forward_hook(self._after),
             )
         ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def step_ended(self, pipe: object, step: int, timestep: object, tensors: dict) -> dict:
         self._step += 1

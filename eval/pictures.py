@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sparsediff.eval.captured import CapturedCall
-from sparsediff.eval.video import INK, MARGIN, PAPER, font
+from sparsediff.eval.video import INK, MARGIN, PAPER, font, to_pixels
 from sparsediff.report import RunReport
 
 # Blue to yellow with steady lightness (cividis): as clear without colour vision as with it, and in grey.
@@ -206,7 +206,7 @@ def density_maps(report: RunReport) -> Image.Image:
 def stills(video: Tensor, latent_frames: int) -> np.ndarray:
     """One picture a latent frame, evenly from the first to the last of the video: `uint8 [latent_frames, H, W, 3]`."""
     picks = torch.linspace(0, len(video) - 1, latent_frames).round().long()
-    return (video[picks].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    return to_pixels(video[picks])
 
 
 def _check_head(call: CapturedCall, head: int) -> None:

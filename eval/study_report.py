@@ -149,7 +149,7 @@ def picture(results: list[dict], path: Path) -> None:
         lines = defaultdict(list)
         for arm in result["arms"]:
             lines[arm["series"]].append((arm["density"], mean(arm, "psnr")))
-        for name in sorted(lines, key=lambda n: list(COLOURS).index(n) if n in COLOURS else 99):
+        for name in (n for n in dict.fromkeys([*COLOURS, *lines]) if n in lines):
             x, y = zip(*sorted(lines[name]), strict=True)
             width = 2.4 if name == "auto" else 1.4
             panel.plot(x, y, marker="o", ms=4, color=COLOURS.get(name), lw=width, label=name)

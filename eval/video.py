@@ -50,6 +50,11 @@ def to_video_tensor(frames) -> Tensor:
     return x.clamp(0.0, 1.0)
 
 
+def to_pixels(video: Tensor) -> np.ndarray:
+    """Pictures in [0, 1] as files hold them: `uint8`, of the same shape."""
+    return (video.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+
+
 def require_same_shape(video: Tensor, reference: Tensor) -> None:
     """Refuse two videos that cannot be compared frame by frame.
 
@@ -100,7 +105,7 @@ def write_mp4(path: str | Path, video: Tensor, fps: int) -> None:
     import imageio.v3 as iio
 
     path = Path(path)
-    pixels = (video.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    pixels = to_pixels(video)
     # H.264 with 4:2:0 colour needs even sizes.
     pixels = np.pad(
         pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge"
@@ -140,7 +145,7 @@ def contact_sheet(
     rows = []
     for name, video in videos.items():
         picks = torch.linspace(0, len(video) - 1, min(columns, len(video))).round().long()
-        rows.append((name, (video[picks].clamp(0, 1) * 255).round().to(torch.uint8).numpy()))
+        rows.append((name, to_pixels(video[picks])))
     height, width = rows[0][1].shape[1] * scale, rows[0][1].shape[2] * scale
     caption, head = 20, 30 if title else 0
     sheet = Image.new(

@@ -20,7 +20,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparsediff.kernels._hopper import LOG2E, assembly, log2, store_warp_sum, sum_rows
+from sparsediff.kernels._hopper import (
+    LOG2E,
+    assembly,
+    log2,
+    store_warp_sum,
+    sum_rows,
+    visible_keys,
+)
 
 ROWS = gl.constexpr(256)  # query rows a program holds
 PAIR_ROWS = gl.constexpr(128)  # of two warpgroups, which share what they leave in the workspace
@@ -34,15 +41,6 @@ def _meet_pair(PAIR: gl.constexpr):
         assembly("bar.sync 9, 256; mov.u32 $0, 0;")
     else:
         assembly("bar.sync 10, 256; mov.u32 $0, 0;")
-
-
-@gluon.jit
-def _visible_keys(kv_lengths_ptr, i_b, seq_k, HAS_LENGTHS: gl.constexpr):
-    """How many keys of a sample count."""
-    length = seq_k
-    if HAS_LENGTHS:
-        length = gl.minimum(gl.load(kv_lengths_ptr + i_b), seq_k)
-    return length
 
 
 @gluon.jit
@@ -69,7 +67,7 @@ def _producer(
         i_bh = t // row_tiles
         i_b = i_bh // num_heads
         i_h = i_bh % num_heads
-        tiles = gl.cdiv(_visible_keys(kv_lengths_ptr, i_b, seq_k, HAS_LENGTHS), COLUMNS)
+        tiles = gl.cdiv(visible_keys(kv_lengths_ptr, i_b, seq_k, HAS_LENGTHS), COLUMNS)
         start = (t % row_tiles) * ROWS
         for w in gl.static_range(4):
             mbarrier.wait(q_empty.index(w), q_phase)
@@ -171,7 +169,7 @@ def _consumer(
     q_phase = 0
     for t in range(gl.program_id(0), num_items, gl.num_programs(0)):
         i_bh = t // row_tiles
-        length = _visible_keys(kv_lengths_ptr, i_bh // num_heads, seq_k, HAS_LENGTHS)
+        length = visible_keys(kv_lengths_ptr, i_bh // num_heads, seq_k, HAS_LENGTHS)
         tiles = gl.cdiv(length, COLUMNS)
         first_row = (t % row_tiles) * ROWS + PAIR * PAIR_ROWS
         o_m = first_row + o_row

@@ -47,6 +47,7 @@ from sparsediff.kernels._hopper import (
     store_vote,
     take_over,
     take_turn,
+    visible_keys,
 )
 
 
@@ -122,9 +123,7 @@ def _consumer(
         i_b, i_h, i_m = place(i_row, num_heads, q_blocks)
         p_list = row_list(kv_indices_ptr, i_b, i_h, i_m, stride_ib, stride_ih, kv_blocks)
         current = gl.where(count > 0, gl.load(p_list + gl.maximum(count - 1, 0)), 0)
-        length = seq_k
-        if HAS_LENGTHS:
-            length = gl.minimum(gl.load(kv_lengths_ptr + i_b), seq_k)
+        length = visible_keys(kv_lengths_ptr, i_b, seq_k, HAS_LENGTHS)
         length = gl.where(count > 0, length, 0)
         o_m = i_m * 128 + GROUP * 64 + gl.arange(0, 64, layout=ROW_S)
         b_m = gl.full([64], float("-inf"), gl.float32, ROW_S)

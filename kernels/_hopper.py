@@ -230,6 +230,15 @@ def clear_past(v_buffer, valid, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
 
 
 @gluon.jit
+def visible_keys(kv_lengths_ptr, i_b, seq_k, HAS_LENGTHS: gl.constexpr):
+    """How many keys of a sample count."""
+    length = seq_k
+    if HAS_LENGTHS:
+        length = gl.minimum(gl.load(kv_lengths_ptr + i_b), seq_k)
+    return length
+
+
+@gluon.jit
 def place(i_row, num_heads, q_blocks):
     """Batch, head and place of a row of the lists."""
     i_bh = i_row // q_blocks

@@ -198,10 +198,8 @@ def hopper_attention(
             ("out_desc", 64),
         )
     }
-    flags = (("byproducts", byproducts), ("lengths", lengths), ("lse_prev", lse_prev))
-    name = " ".join(
-        [f"hopper {dtype} D{head_dim} 128x{block_n} ring {ring}", *(k for k, on in flags if on)]
-    )
+    form = f"hopper {dtype} D{head_dim} 128x{block_n} ring {ring}"
+    name = _named(form, byproducts=byproducts, lengths=lengths, lse_prev=lse_prev)
     return _compile_gluon(name, block_sparse_fwd_sm90, boxes, constants, maxnreg=168)
 
 
@@ -228,6 +226,11 @@ def hopper_8bit(dtype: str, *, fp8_pv: bool, byproducts: bool) -> Compiled:
     return _compile_gluon(name, block_sparse_fwd_8bit_sm90, boxes, constants, maxnreg=168)
 
 
+def _named(form: str, **flags: bool) -> str:
+    """The name of a kernel's form and of whatever is switched on in it."""
+    return " ".join([form, *(name for name, on in flags.items() if on)])
+
+
 def _byproduct_flags(on: bool, lse_prev: bool = False) -> dict[str, bool]:
     return {"WITH_LSE": on, "WITH_VOTE": on, "WITH_MASS": on, "HAS_LSE_PREV": lse_prev}
 
@@ -248,13 +251,8 @@ def hopper_mass(
         "HAS_LENGTHS": lengths,
     }
     boxes = {"q_desc": (dtype, 64, block_d), "k_desc": (dtype, 128, block_d)}
-    flags = (("own lse", own_lse), ("lengths", lengths))
-    name = " ".join(
-        [
-            f"mass {dtype} D{head_dim} {block_size[0]}x{block_size[1]}",
-            *(k for k, on in flags if on),
-        ]
-    )
+    form = f"mass {dtype} D{head_dim} {block_size[0]}x{block_size[1]}"
+    name = _named(form, **{"own lse": own_lse, "lengths": lengths})
     return _compile_gluon(name, block_mass_sm90, boxes, constants, maxnreg=96)
 
 
