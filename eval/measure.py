@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsediff.api import COMPONENTS
-from sparsediff.eval.resources import EnergyMeter, peak_memory, reset_peak_memory
+from sparsediff.eval.resources import EnergyMeter, PeakMemory
 from sparsediff.eval.video import to_video_tensor
 from sparsediff.progress import step_bar
 from sparsediff.timing import Mark, mark, seconds_between, wait
@@ -84,10 +84,10 @@ def generate(
         arguments = {**arguments, "callback_on_step_end": observer.step_ended}
     else:
         told = _steps_of_bar(pipe, observer.step_ended)
-    energy = EnergyMeter(device)
+    memory, energy = PeakMemory(device), EnergyMeter(device)
     with observer.watching(pipe):
         wait(device)
-        reset_peak_memory(device)
+        memory.start()
         energy.start()
         begun, started = mark(device), time.perf_counter()
         with told:
@@ -110,7 +110,7 @@ def generate(
         step_seconds=observer.step_seconds(),
         latents=observer.trajectory(),
         latents_sha256=sha256(observer.first_input),
-        peak_memory_bytes=peak_memory(device),
+        peak_memory_bytes=memory.stop(),
         energy_joules=energy.stop(),
     )
 

@@ -8,29 +8,45 @@ from pathlib import Path
 import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_BATCHES_KIB = 4096
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Peaks count from now on."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif _CLEAR.exists():
-        with contextlib.suppress(
-            OSError
-        ):  # some containers forbid it: `peak_memory` then tells an older peak
+class PeakMemory:
+    """The most memory between two moments: what torch had allocated on a CUDA device, or what the process held on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._older: int | None = None
+
+    def start(self) -> None:
+        """From now on."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return
+        with contextlib.suppress(OSError):  # some containers forbid it, others accept it in vain
             _CLEAR.write_text("5")
+        peak, held = _kibibytes("VmHWM"), _kibibytes("VmRSS")
+        # The kernel counts resident pages in batches: an honest reset leaves a peak a little off what is held.
+        forgotten = peak is not None and held is not None and peak - held <= _BATCHES_KIB
+        self._older = None if forgotten else peak
+
+    def stop(self) -> int | None:
+        """Bytes; None where nobody tells, or where the peak is one from before `start` that was not passed since."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        peak = _kibibytes("VmHWM")
+        if peak is None or (self._older is not None and peak <= self._older):
+            return None
+        return peak * 1024
 
 
-def peak_memory(device: torch.device) -> int | None:
-    """Bytes: what torch had allocated on a CUDA device, or what the process held on a CPU; None where nobody tells."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def _kibibytes(name: str) -> int | None:
+    """A line of the kernel's report on this process."""
     try:
         lines = _STATUS.read_text().splitlines()
     except OSError:
         return None
-    kibibytes = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
-    return None if kibibytes is None else int(kibibytes) * 1024
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
 
 
 class EnergyMeter:

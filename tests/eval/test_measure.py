@@ -8,8 +8,8 @@ import torch
 from families import hunyuan_video15
 
 import sparsediff
+from sparsediff.eval import resources
 from sparsediff.eval.measure import _steps_of_bar, divergence, generate, warm_up
-from sparsediff.eval.resources import peak_memory, reset_peak_memory
 from sparsediff.testing import random_wan_pipeline
 
 CALL = {
@@ -121,17 +121,60 @@ def test_warming_up_is_quick_and_leaves_the_bar_as_it_was(pipe):
     pipe.transformer._forward_hooks.clear()
 
 
-@pytest.mark.skipif(peak_memory(torch.device("cpu")) is None, reason="the system does not tell")
-def test_peak_memory_sees_what_was_held_and_forgets_it():
-    device = torch.device("cpu")
-    reset_peak_memory(device)
-    before = peak_memory(device)
+class Kernel:
+    """What Linux tells of a process, where resetting its peak works, is forbidden, or is accepted in vain."""
+
+    def __init__(self, folder, monkeypatch, resets):
+        self.resets, self.held, self.peak = resets, 0, 0
+        self.status, self.clear = folder / "status", folder / "clear_refs"
+        monkeypatch.setattr(resources, "_STATUS", self.status)
+        monkeypatch.setattr(resources, "_CLEAR", self)
+
+    def write_text(self, text):
+        if self.resets == "forbidden":
+            raise PermissionError
+        if self.resets == "works":
+            self.peak = self.held
+        self.tell()
+
+    def hold(self, mebibytes):
+        self.held = mebibytes
+        self.peak = max(self.peak, mebibytes)
+        self.tell()
+
+    def tell(self):
+        self.status.write_text(
+            f"Name: x\nVmHWM:\t{self.peak << 10} kB\nVmRSS:\t{self.held << 10} kB\n"
+        )
+
+
+@pytest.mark.parametrize("resets", ["works", "forbidden", "in vain"])
+def test_peak_memory_is_of_the_run_or_not_told(resets, tmp_path, monkeypatch):
+    kernel = Kernel(tmp_path, monkeypatch, resets)
+    memory = resources.PeakMemory(torch.device("cpu"))
+    kernel.hold(900)
+    kernel.hold(500)
+    memory.start()
+    kernel.hold(700)
+    kernel.hold(600)
+    assert memory.stop() == (700 << 20 if resets == "works" else None), "900 was before"
+    memory.start()
+    kernel.hold(1000)
+    assert memory.stop() == 1000 << 20, "a new peak is this run's wherever"
+    kernel.status.unlink()
+    assert memory.stop() is None
+
+
+def test_peak_memory_of_this_process():
+    memory = resources.PeakMemory(torch.device("cpu"))
+    held = resources._kibibytes("VmRSS")
+    memory.start()
     x = torch.ones(64 << 18)  # 64 MiB
-    held = peak_memory(device)
-    assert held - before > 48 << 20
+    peak = memory.stop()
+    if peak is None:
+        pytest.skip("this system does not tell a peak, or forgets none")
+    assert peak - (held << 10) > 48 << 20
     del x
-    reset_peak_memory(device)
-    assert peak_memory(device) < held
 
 
 def test_steps_of_a_pipeline_without_a_callback_are_read_off_its_bar():
