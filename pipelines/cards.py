@@ -174,6 +174,15 @@ CARDS = (
         real="one step of 1.5 5B at 768x1360, 81 frames, random weights, on one H200 (docs/performance.md)",
     ),
     ModelCard(
+        family="ConsisID",
+        transformer="ConsisIDTransformer3DModel",
+        pipelines=("ConsisIDPipeline",),
+        tokens="text + video",
+        guidance=BATCHED,
+        checked=("consisid",),
+        note="What extracts the face and shows it to the video stays as it is.",
+    ),
+    ModelCard(
         family="Mochi 1",
         transformer="MochiTransformer3DModel",
         pipelines=("MochiPipeline",),
@@ -280,6 +289,17 @@ CARDS = (
         real="one step at 2048x2048 and 4096x4096, random weights, on one H200 (docs/performance.md)",
     ),
     ModelCard(
+        family="Chroma",
+        transformer="ChromaTransformer2DModel",
+        pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
+        tokens="text + image",
+        guidance=SEQUENTIAL,
+        checked=("chroma",),
+        note=f"{SHORT}. From a prompt calls run dense: diffusers weighs padding there instead of hiding it. They run sparse "
+        "with what pipe.encode_prompt(...) gives and both masks as .bool(), text-to-image only, which hides padding and "
+        "changes the picture. IP-Adapter's processors are refused by name.",
+    ),
+    ModelCard(
         family="Flux.2 and klein",
         transformer="Flux2Transformer2DModel",
         pipelines=(
@@ -311,6 +331,15 @@ CARDS = (
         guidance=SEQUENTIAL,
         checked=("qwen-image",),
         note=f"{SHORT}.",
+    ),
+    ModelCard(
+        family="HunyuanImage 2.1",
+        transformer="HunyuanImageTransformer2DModel",
+        pipelines=("HunyuanImagePipeline", "HunyuanImageRefinerPipeline"),
+        tokens="image + text",
+        guidance="the guider's choice, one call a branch",
+        checked=("hunyuan-image", "hunyuan-image-refiner"),
+        note="2048x2048 pixels are 4,096 tokens, too few to pay on a GPU, and 16,384 in the refiner.",
     ),
     ModelCard(
         family="Z-Image",
@@ -369,7 +398,6 @@ CARDS = (
 NOT_SPARSE = {
     "AnyFlowFARTransformer3DModel": "reads earlier frames from a key and value cache: queries and keys differ in length",
     "AnyFlowTransformer3DModel": "no adapter yet: built as Wan, with a processor of its own",
-    "ConsisIDTransformer3DModel": "no adapter yet: CogVideoX's attention beside a face encoder's",
     "Cosmos3OmniTransformer": "two attention calls in one, causal and over shared keys (grouped heads)",
     "HeliosTransformer3DModel": "no adapter yet: history of several scales in front of the video",
     "JoyImageEditPlusTransformer3DModel": "no adapter yet: several images of different sizes in one sequence",

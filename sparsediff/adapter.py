@@ -21,13 +21,16 @@ from sparsediff.token_grid import TokenGrid
 # Transformer class name -> "module:attribute".  Matched exactly: near names (Wan, WanAnimate2) differ in what counts.
 ADAPTERS = {
     "AllegroTransformer3DModel": "sparsediff.pipelines.allegro:AllegroAdapter",
+    "ChromaTransformer2DModel": "sparsediff.pipelines.chroma:ChromaAdapter",
     "ChronoEditTransformer3DModel": "sparsediff.pipelines.wan:ChronoEditAdapter",
     "CogVideoXTransformer3DModel": "sparsediff.pipelines.cogvideox:CogVideoXAdapter",
+    "ConsisIDTransformer3DModel": "sparsediff.pipelines.cogvideox:ConsisIDAdapter",
     "CosmosTransformer3DModel": "sparsediff.pipelines.cosmos:CosmosAdapter",
     "DiffusionGemmaForBlockDiffusion": "sparsediff.pipelines.diffusion_gemma:DiffusionGemmaAdapter",
     "EasyAnimateTransformer3DModel": "sparsediff.pipelines.easyanimate:EasyAnimateAdapter",
     "Flux2Transformer2DModel": "sparsediff.pipelines.flux2:Flux2Adapter",
     "FluxTransformer2DModel": "sparsediff.pipelines.flux:FluxAdapter",
+    "HunyuanImageTransformer2DModel": "sparsediff.pipelines.hunyuan_image:HunyuanImageAdapter",
     "HunyuanVideo15Transformer3DModel": "sparsediff.pipelines.hunyuan_video15:HunyuanVideo15Adapter",
     "HunyuanVideoFramepackTransformer3DModel": "sparsediff.pipelines.hunyuan_video:FramepackAdapter",
     "HunyuanVideoTransformer3DModel": "sparsediff.pipelines.hunyuan_video:HunyuanVideoAdapter",

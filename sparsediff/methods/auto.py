@@ -38,11 +38,9 @@ class Auto(Custom):
 
     windows: tuple[Window, ...] | None = None
 
-    def __post_init__(self) -> None:
-        if self.windows is None:
-            Custom(**{**self.parameters(), "windows": ()})  # checks the rest
-        else:
-            super().__post_init__()
+    def _require_windows(self) -> None:
+        if self.windows is not None:
+            super()._require_windows()
 
     def for_text(self) -> SparseD:
         """SparseD, of which this method is a descendant, with the same share of blocks.

@@ -73,9 +73,7 @@ class Custom(SquareBlockMethod):
         }.items():
             self._require(name, str, lambda x, k=kinds: x in k, f"one of {', '.join(kinds)}")
         self._require_block()
-        self._require("windows", tuple, lambda x: True, "a tuple of windows")
-        if self.windows:
-            TokenOrder(self.windows)  # refuses what is no window
+        self._require_windows()
         if isinstance(self.refresh, tuple):
             self._require(
                 "refresh",
@@ -89,6 +87,11 @@ class Custom(SquareBlockMethod):
             )
         if self.vote_threshold_log2 is not None:
             self._require("vote_threshold_log2", float, lambda x: x < 0, "None or below 0")
+
+    def _require_windows(self) -> None:
+        self._require("windows", tuple, what="a tuple of windows")
+        if self.windows:
+            TokenOrder(self.windows)  # refuses what is no window
 
     @property
     def looks_ahead(self) -> bool:

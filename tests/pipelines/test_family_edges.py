@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from families.registry import all_families, generator
+from families import chroma, hunyuan_image
+from families.registry import all_families, generator, padded
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -96,6 +97,45 @@ def test_each_call_of_a_guided_step_has_masks_of_its_own():
             "uncond_stg": [True, False],
             "uncond_modality": [True, True],
         }
+        assert handle.report().dense_calls == {}
+    assert torch.allclose(out, stock, rtol=0, atol=5e-5 * stock.abs().max().item())
+
+
+def test_a_mask_of_numbers_weighs_padding_so_it_runs_dense_and_says_how_not_to():
+    """What Chroma's pipelines make of a prompt: 1 and 0 are added to the logits, and padding is still read."""
+    family = FAMILIES["chroma"]
+    pipe, numbers = family.pipeline(), {"mask_dtype": torch.float32}
+    stock = family.run(pipe, **numbers)
+    assert not torch.equal(stock, family.run(pipe, pad=3.0, **numbers)), "padding is read"
+    with enabled(pipe) as handle:
+        with pytest.warns(RuntimeWarning, match=r"prompt_attention_mask\.bool"):
+            assert torch.equal(family.run(pipe, **numbers), stock)
+        (reason,) = handle.report().dense_calls
+        assert reason.startswith("a mask of numbers")
+        family.run(pipe)
+        assert handle.report().dense_calls == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("chroma", chroma),
+        ("hunyuan-image", hunyuan_image),
+        ("hunyuan-image-refiner", hunyuan_image),
+    ],
+)
+def test_padding_is_hidden_wherever_the_tokenizer_puts_it(name, module, monkeypatch):
+    """Here in front of the words."""
+    family = FAMILIES[name]
+
+    def padded_in_front(*args):
+        return tuple(x.flip(1) for x in padded(*args))
+
+    monkeypatch.setattr(module, "padded", padded_in_front)
+    pipe = family.pipeline()
+    stock = family.run(pipe)
+    with enabled(pipe) as handle:
+        out = family.run(pipe)
         assert handle.report().dense_calls == {}
     assert torch.allclose(out, stock, rtol=0, atol=5e-5 * stock.abs().max().item())
 

@@ -1,4 +1,4 @@
-"""CogVideoX 1.0 and 1.5: text first, both guidance branches in one batch."""
+"""CogVideoX 1.0 and 1.5: text first, both guidance branches in one batch; and ConsisID, a face between its blocks."""
 
 from functools import partial
 
@@ -8,9 +8,18 @@ from PIL import Image
 from sparsediff.testing import make_local, seeded
 
 TEXT = 20
+FACE = {
+    "is_train_face": True, "cross_attn_interval": 1, "cross_attn_dim_head": 8, "cross_attn_num_heads": 2,
+    "LFE_id_dim": 8, "LFE_vit_dim": 8, "LFE_depth": 5, "LFE_dim_head": 4, "LFE_num_heads": 2, "LFE_num_id_token": 1,
+    "LFE_num_querie": 4, "LFE_output_dim": 21,
+}  # fmt: skip
 
 
-def build(pipeline="CogVideoXPipeline", **changes):
+def build(
+    pipeline="CogVideoXPipeline",
+    transformer="CogVideoXTransformer3DModel",
+    **changes,
+):
     import diffusers
 
     sizes = {
@@ -19,16 +28,28 @@ def build(pipeline="CogVideoXPipeline", **changes):
         "max_text_seq_length": TEXT, "use_rotary_positional_embeddings": True,
     }  # fmt: skip
     with seeded(0):
-        model = diffusers.CogVideoXTransformer3DModel(**{**sizes, **changes}).eval()
+        model = getattr(diffusers, transformer)(**{**sizes, **changes}).eval()
         # What an image or a video comes in through.
         vae = None if pipeline == "CogVideoXPipeline" else _vae(diffusers.AutoencoderKLCogVideoX)
-    return getattr(diffusers, pipeline)(
+    return _pipeline_class(pipeline)(
         tokenizer=None,
         text_encoder=None,
         vae=vae,
         transformer=make_local(model),
         scheduler=diffusers.CogVideoXDDIMScheduler(),
     )
+
+
+def _pipeline_class(name):
+    import diffusers
+
+    if (
+        name == "ConsisIDPipeline"
+    ):  # which diffusers does not export without OpenCV; only key points of a face need it
+        from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline
+
+        return ConsisIDPipeline
+    return getattr(diffusers, name)
 
 
 def _vae(vae_class):
@@ -58,6 +79,17 @@ def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0, **options):
 def call_with_image(pipe, size, **options):
     height, width, _ = size
     return call(pipe, size, image=Image.new("RGB", (width, height), "red"), **options)
+
+
+def call_with_face(pipe, size, **options):
+    # of the cropped face and the whole picture with guidance, as the pipeline wants both
+    features = [embeddings(1, 3, 8, seed=i).expand(2, -1, -1) for i in range(5)]
+    batch = 1 if options["guidance"] == "off" else 2
+    face = {
+        "id_cond": embeddings(1, 8).expand(batch, -1),
+        "id_vit_hidden": [f[:batch] for f in features],
+    }
+    return call_with_image(pipe, size, **face, **options)
 
 
 def call_with_video(pipe, size, **options):
@@ -104,6 +136,17 @@ FAMILIES = [
         name="cogvideox-v2v",
         build=partial(build, "CogVideoXVideoToVideoPipeline"),
         call=call_with_video,
+        sizes={(96, 128, 9): f"{TEXT} text + 3x6x8", (112, 80, 13): f"{TEXT} text + 4x7x5"},
+        guidance=("batched", "off"),
+        outside=TEXT,
+    ),
+    Family(
+        name="consisid",
+        # The image's latents come as further channels.
+        build=partial(
+            build, "ConsisIDPipeline", "ConsisIDTransformer3DModel", in_channels=8, **FACE
+        ),
+        call=call_with_face,
         sizes={(96, 128, 9): f"{TEXT} text + 3x6x8", (112, 80, 13): f"{TEXT} text + 4x7x5"},
         guidance=("batched", "off"),
         outside=TEXT,
