@@ -18,8 +18,8 @@ SERVED = {
         "SkyReelsV2DiffusionForcingPipeline", "SkyReelsV2Pipeline", "WanPipeline", "WanVACEPipeline",
     },
     "picture": {
-        "Cosmos2TextToImagePipeline", "Flux2KleinKVPipeline", "Flux2KleinPipeline", "Flux2Pipeline",
-        "FluxKontextPipeline", "FluxPipeline", "Kandinsky5T2IPipeline", "QwenImagePipeline",
+        "ChromaPipeline", "Cosmos2TextToImagePipeline", "Flux2KleinKVPipeline", "Flux2KleinPipeline", "Flux2Pipeline",
+        "FluxKontextPipeline", "FluxPipeline", "HunyuanImagePipeline", "Kandinsky5T2IPipeline", "QwenImagePipeline",
         "StableDiffusion3PAGPipeline", "StableDiffusion3Pipeline", "ZImageOmniPipeline", "ZImagePipeline",
     },
 }  # fmt: skip

@@ -43,9 +43,8 @@ def build(
 def _pipeline_class(name):
     import diffusers
 
-    if (
-        name == "ConsisIDPipeline"
-    ):  # which diffusers does not export without OpenCV; only key points of a face need it
+    # diffusers does not export it without OpenCV, which only key points of a face need.
+    if name == "ConsisIDPipeline":
         from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline
 
         return ConsisIDPipeline
