@@ -43,7 +43,7 @@ def cogvideox():
 @torch.no_grad()
 def test_a_processor_that_somebody_wrapped_goes_quiet(model, monkeypatch):
     """Whoever still calls ours after `disable` gets the stock processor."""
-    monkeypatch.setattr("sparsediff.state.CPU_BREAK_EVEN", 2.0)
+    monkeypatch.setattr("sparsediff.block_attention.CPU_BREAK_EVEN", 2.0)
     transformer, modules, call = model()
     stock = transformer(**call, return_dict=False)[0]
     handle = sparsediff.enable(transformer, SPARSE, schedule=Schedule())

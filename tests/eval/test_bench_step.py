@@ -75,7 +75,7 @@ def test_every_model_is_tried():
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 @pytest.mark.parametrize(("name", "backend"), [*((n, None) for n in TOYS), ("wan-14b", "eager")])
 def test_every_kind_of_step(name, backend, monkeypatch):
-    monkeypatch.setattr("sparsediff.state.CPU_BREAK_EVEN", 2.0)
+    monkeypatch.setattr("sparsediff.block_attention.CPU_BREAK_EVEN", 2.0)
     case = toy(name)
     model = case.build("cpu")
     *records, report = bench_step.measure(case, model, backend=backend)

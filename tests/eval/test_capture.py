@@ -63,7 +63,7 @@ def generate(pipe, *, steps=3, **changes):
 
 @pytest.fixture
 def pipe(monkeypatch):
-    monkeypatch.setattr("sparsediff.state.CPU_BREAK_EVEN", 2.0)
+    monkeypatch.setattr("sparsediff.block_attention.CPU_BREAK_EVEN", 2.0)
     return random_wan_pipeline()
 
 
@@ -99,7 +99,7 @@ def test_watching_changes_nothing(pipe):
 
 
 def test_layers_of_two_experts_are_numbered_through(monkeypatch):
-    monkeypatch.setattr("sparsediff.state.CPU_BREAK_EVEN", 2.0)
+    monkeypatch.setattr("sparsediff.block_attention.CPU_BREAK_EVEN", 2.0)
     pipe = random_wan_pipeline("t2v-2.2")
     with (
         sparsediff.enable(pipe, Banded(), schedule=Schedule()) as handle,

@@ -61,16 +61,16 @@ def test_another_seed_in_one_arm(pipe, tmp_path, monkeypatch):
 
 def test_a_method_that_returns_noise(tmp_path, monkeypatch):
     """On a trained model: what a random one shows is noise either way."""
-    import sparsediff.state as state
+    from sparsediff import block_attention
 
-    real, draw = state.run_backend, torch.Generator().manual_seed(0)
+    real, draw = block_attention.run_backend, torch.Generator().manual_seed(0)
 
     def noise(*args, **options):
         result = real(*args, **options)
         result.out.copy_(10 * torch.randn(result.out.shape, generator=draw))
         return result
 
-    monkeypatch.setattr(state, "run_backend", noise)
+    monkeypatch.setattr(block_attention, "run_backend", noise)
     call = {**CALL, "height": 128, "width": 128, "num_inference_steps": 4, "guidance_scale": 1.0}
     results = evaluate(
         tiny.load("tiny-wan"),

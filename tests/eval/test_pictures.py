@@ -111,7 +111,7 @@ def test_stills_run_from_the_first_to_the_last():
 
 
 def test_densities_of_a_run(monkeypatch):
-    monkeypatch.setattr("sparsediff.state.CPU_BREAK_EVEN", 2.0)
+    monkeypatch.setattr("sparsediff.block_attention.CPU_BREAK_EVEN", 2.0)
     pipe = random_wan_pipeline()
     pipe.set_progress_bar_config(disable=True)
     with sparsediff.enable(

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 import sparsediff
-from sparsediff import Calibration, LiteAttention, PAROAttention, Schedule, SparseVDiT, state
+from sparsediff import (
+    Calibration,
+    LiteAttention,
+    PAROAttention,
+    Schedule,
+    SparseVDiT,
+    block_attention,
+)
 from sparsediff.calibration import FILE
 from sparsediff.calibrator import PARTIAL, _content
 from sparsediff.testing import random_wan_pipeline
@@ -298,7 +305,7 @@ def test_more_steps_than_were_measured_take_the_nearest_stretch(pipe):
 
 def test_keeping_everything_in_six_orders_changes_nothing(pipe, monkeypatch):
     """PAROAttention is neutral without a mask."""
-    monkeypatch.setattr("sparsediff.state.CPU_BREAK_EVEN", 2.0)
+    monkeypatch.setattr("sparsediff.block_attention.CPU_BREAK_EVEN", 2.0)
     stock = generate(pipe)
     method = PAROAttention(density=1.0, bins=1)
     calibration = run(pipe, method, prompts=PROMPTS[:1])
@@ -315,7 +322,7 @@ def test_keeping_everything_in_six_orders_changes_nothing(pipe, monkeypatch):
 def test_a_calibration_goes_with_the_pipeline_that_used_it(measured, method):
     _, folder = measured[method]
     calibration, pipe = Calibration.from_pretrained(folder), random_wan_pipeline()
-    state._forced.cache_clear()  # which may know an equal method by another calibration
+    block_attention._forced.cache_clear()  # which may know an equal method by another calibration
     gone = weakref.ref(calibration)
     with sparsediff.enable(pipe, method.name, calibration=calibration) as handle:
         generate(pipe)

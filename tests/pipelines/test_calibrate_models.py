@@ -29,7 +29,7 @@ each_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 @pytest.fixture(autouse=True)
 def always_sparse(monkeypatch):
     """On a CPU calls above break-even run dense."""
-    monkeypatch.setattr("sparsediff.state.CPU_BREAK_EVEN", 2.0)
+    monkeypatch.setattr("sparsediff.block_attention.CPU_BREAK_EVEN", 2.0)
 
 
 def calibrate(pipe, method, **changes):

@@ -26,7 +26,7 @@ def generate(pipe, size=(64, 64, 17), prompt="a large red star spinning", **kwar
 
 @pytest.fixture
 def pipe(monkeypatch):
-    monkeypatch.setattr("sparsediff.state.CPU_BREAK_EVEN", 2.0)
+    monkeypatch.setattr("sparsediff.block_attention.CPU_BREAK_EVEN", 2.0)
     pipe = tiny.load("tiny-cogvideox")
     pipe.set_progress_bar_config(disable=True)
     return pipe

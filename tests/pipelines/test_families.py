@@ -59,7 +59,7 @@ def transformers(pipe):
 @pytest.fixture(autouse=True)
 def always_sparse(monkeypatch):
     """Dense masks too go through the sparse kernel."""
-    monkeypatch.setattr("sparsediff.state.CPU_BREAK_EVEN", 2.0)
+    monkeypatch.setattr("sparsediff.block_attention.CPU_BREAK_EVEN", 2.0)
 
 
 @pytest.fixture(scope="module", params=all_families(), ids=str)

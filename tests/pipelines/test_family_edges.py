@@ -19,7 +19,7 @@ EVERYTHING = Custom(density=1.0, block=32, search="sparse")
 
 @pytest.fixture(autouse=True)
 def always_sparse(monkeypatch):
-    monkeypatch.setattr("sparsediff.state.CPU_BREAK_EVEN", 2.0)
+    monkeypatch.setattr("sparsediff.block_attention.CPU_BREAK_EVEN", 2.0)
 
 
 def enabled(pipe):

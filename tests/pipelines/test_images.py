@@ -26,7 +26,7 @@ NEVER_DENSE = Schedule()
 @pytest.fixture(autouse=True)
 def always_sparse(monkeypatch):
     """Dense masks too go through the sparse kernel."""
-    monkeypatch.setattr("sparsediff.state.CPU_BREAK_EVEN", 2.0)
+    monkeypatch.setattr("sparsediff.block_attention.CPU_BREAK_EVEN", 2.0)
 
 
 def close(out, stock):

@@ -17,7 +17,7 @@ NOW = Schedule()
 
 @pytest.fixture(autouse=True)
 def always_sparse(monkeypatch):
-    monkeypatch.setattr("sparsediff.state.CPU_BREAK_EVEN", 2.0)
+    monkeypatch.setattr("sparsediff.block_attention.CPU_BREAK_EVEN", 2.0)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,15 @@ import torch
 from families import hunyuan_video
 
 import sparsediff
-from sparsediff import LiteAttention, Schedule, Segment, TokenGrid, TokenOrder, state, token_grid
+from sparsediff import (
+    LiteAttention,
+    Schedule,
+    Segment,
+    TokenGrid,
+    TokenOrder,
+    block_attention,
+    token_grid,
+)
 from sparsediff.kernels.block_scores import block_mass
 from sparsediff.methods import Method
 from sparsediff.pipelines.wan import WanAdapter
@@ -61,7 +69,7 @@ def generate(pipe, **kwargs):
 
 @pytest.fixture
 def pipe(monkeypatch):
-    monkeypatch.setattr("sparsediff.state.CPU_BREAK_EVEN", 2.0)
+    monkeypatch.setattr("sparsediff.block_attention.CPU_BREAK_EVEN", 2.0)
     return random_wan_pipeline()
 
 
@@ -137,13 +145,13 @@ def maybe_dense(expected):
 )
 def test_blocks_are_visited_in_the_order_asked_for(pipe, monkeypatch, order, expected):
     """In every call, the first of a generation as well; a mask only ever shrinks."""
-    seen, real = [], state.run_backend
+    seen, real = [], block_attention.run_backend
 
     def look(name, query, key, value, mask, **options):
         seen.append((mask.visits, mask.to_dense(), mask.kv_indices, mask.kv_num_blocks))
         return real(name, query, key, value, mask, **options)
 
-    monkeypatch.setattr(state, "run_backend", look)
+    monkeypatch.setattr(block_attention, "run_backend", look)
     method = LiteAttention(threshold=-1.0, tile=(64, 64), visiting_order=order)
     with sparsediff.enable(pipe, method, schedule=Schedule()):
         generate(pipe)
@@ -161,13 +169,13 @@ def test_blocks_are_visited_in_the_order_asked_for(pipe, monkeypatch, order, exp
 
 def test_calls_with_padded_keys_are_visited_descending(monkeypatch):
     """Kernels count the blocks before a key length by a search in ascending lists."""
-    seen, real = [], state.run_backend
+    seen, real = [], block_attention.run_backend
 
     def look(name, query, key, value, mask, **options):
         seen.append((mask.visits, options["kv_lengths"] is not None))
         return real(name, query, key, value, mask, **options)
 
-    monkeypatch.setattr(state, "run_backend", look)
+    monkeypatch.setattr(block_attention, "run_backend", look)
     pipe = hunyuan_video.build()
     pipe.set_progress_bar_config(disable=True)
     method = LiteAttention(threshold=-1.0, tile=(16, 16), visiting_order="centre-out")

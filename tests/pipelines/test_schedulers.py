@@ -36,7 +36,7 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_auto_keeps_its_prefix_under_every_scheduler(name, monkeypatch):
-    monkeypatch.setattr("sparsediff.state.CPU_BREAK_EVEN", 2.0)
+    monkeypatch.setattr("sparsediff.block_attention.CPU_BREAK_EVEN", 2.0)
     scheduler, dense, start = SCHEDULERS[name]
     pipe = tiny.load("tiny-cogvideox")
     pipe.set_progress_bar_config(disable=True)

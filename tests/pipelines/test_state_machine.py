@@ -49,7 +49,7 @@ def generate(pipe, *, steps=3, seed=0, **changes):
 
 @pytest.fixture
 def pipe(monkeypatch):
-    monkeypatch.setattr("sparsediff.state.CPU_BREAK_EVEN", 2.0)
+    monkeypatch.setattr("sparsediff.block_attention.CPU_BREAK_EVEN", 2.0)
     return random_wan_pipeline()
 
 
@@ -368,9 +368,9 @@ def test_second_generations_equal_fresh_processes(pipe, tmp_path):
     """Of all methods, calibrations included, in the opposite order: no cache of the process changes a bit."""
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-import torch, sparsediff.state, test_state_machine as t
+import torch, sparsediff.block_attention, test_state_machine as t
 torch.set_num_threads({torch.get_num_threads()})
-sparsediff.state.CPU_BREAK_EVEN = 2.0
+sparsediff.block_attention.CPU_BREAK_EVEN = 2.0
 outs = {{}}
 for method in t.EVERY_METHOD[::-1]:
     pipe = t.random_wan_pipeline()
@@ -497,16 +497,16 @@ def test_vdit_heads_of_all_modes_run_in_one_launch(pipe, monkeypatch):
     """Skipped heads give zeros, dense ones the exact output, in one kernel call a layer."""
     import dataclasses
 
-    from sparsediff import state
+    from sparsediff import block_attention
 
     method = SparseVDiT(bins=1, costs=COSTS)
     measured = calibration(method)
     modes = torch.tensor([[[0, 1], [3, 4]]], dtype=torch.uint8)
     tensors = {**measured.tensors, "modes": modes}
     method = method.calibrated(dataclasses.replace(measured, tensors=tensors))
-    launches, real = [], state.run_backend
+    launches, real = [], block_attention.run_backend
     monkeypatch.setattr(
-        state, "run_backend", lambda *a, **k: launches.append(a[0]) or real(*a, **k)
+        block_attention, "run_backend", lambda *a, **k: launches.append(a[0]) or real(*a, **k)
     )
     errors = []
 

@@ -497,7 +497,7 @@ def test_context_parallelism_is_refused(pipe):
 )
 def test_reordered_methods_that_keep_everything_change_nothing(method, size, monkeypatch):
     """Query, key and value must move together, and the output back."""
-    monkeypatch.setattr("sparsediff.state.CPU_BREAK_EVEN", 2.0)
+    monkeypatch.setattr("sparsediff.block_attention.CPU_BREAK_EVEN", 2.0)
     pipe = random_wan_pipeline()
     shape = dict(zip(("height", "width", "frames"), size, strict=True))
     stock = generate(pipe, **shape)
