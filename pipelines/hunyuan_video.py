@@ -9,13 +9,12 @@ The two refiner layers attend over text alone and stay as they are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from torch import nn
 
 from sparsediff.adapter import ModelAdapter, Preset
-from sparsediff.pipelines.latents import video_grid
+from sparsediff.pipelines.latents import history_tokens, video_grid
 from sparsediff.token_grid import Segment, TokenGrid
 
 
@@ -59,7 +58,12 @@ class FramepackAdapter(HunyuanVideoAdapter):
     def token_grid(self, model: nn.Module, arguments: Mapping[str, object]) -> TokenGrid:
         """History, the latent video, then `image_embeds` and `encoder_hidden_states`, all of it."""
         text = arguments["image_embeds"].shape[1] + arguments["encoder_hidden_states"].shape[1]
-        return _after(history_tokens(arguments), video_grid(model, arguments, text=text))
+        history = sum(
+            history_tokens(arguments[name], patch)
+            for name, patch in HISTORY.items()
+            if arguments.get(name) is not None
+        )
+        return _after(history, video_grid(model, arguments, text=text))
 
     def call_grid(self, grid: TokenGrid, layer: str, tokens: int) -> TokenGrid:
         """As much text as the call has."""
@@ -74,16 +78,6 @@ HISTORY = {
     "latents_history_2x": (2, 4, 4),
     "latents_clean": (1, 2, 2),
 }
-
-
-def history_tokens(arguments: Mapping[str, object]) -> int:
-    """Tokens in front of the section; the model pads what is no whole number of patches."""
-    given = ((arguments.get(name), patch) for name, patch in HISTORY.items())
-    return sum(
-        math.prod(-(-n // p) for n, p in zip(latents.shape[2:], patch, strict=True))
-        for latents, patch in given
-        if latents is not None
-    )
 
 
 def _after(history: int, grid: TokenGrid) -> TokenGrid:

@@ -5,7 +5,6 @@ Flux packs its images in the pipeline, so the transformer sees a list of tokens 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -25,7 +24,8 @@ def size_from_ids(ids: Tensor) -> tuple[int, int]:
     """`(height, width)` in tokens of the first image.
 
     Args:
-        ids: `[S, 3 or more]` or `[B, S, 3 or more]`: image, row and column of each token, image by image.
+        ids: `[S, 3 or more]` or `[B, S, 3 or more]`: image, row and column of each token, image by image; rows and columns
+            may be scaled (Flux.3).
 
     Raises:
         ValueError: the tokens of the first image do not walk a rectangle row by row.
@@ -38,14 +38,25 @@ def size_from_ids(ids: Tensor) -> tuple[int, int]:
 def _first_rectangle(ids: Tensor) -> tuple[int, int]:
     image, rows, columns = ids[:, 0], ids[:, 1], ids[:, 2]
     tokens = _run(image)
-    rows, columns = rows[:tokens], columns[:tokens]
-    # Not the largest row or column: in bfloat16, which ids come in, numbers beyond 256 are rounded.
-    width = _run(rows)
+    width = _run(rows[:tokens])
     height = tokens // width
-    walk = torch.cartesian_prod(torch.arange(height), torch.arange(width)).to(ids.dtype)
-    if height * width != tokens or not torch.equal(walk, torch.stack([rows, columns], -1)):
+    if height * width != tokens or not _walks(
+        *(x[:tokens].view(height, width) for x in (rows, columns))
+    ):
         raise ValueError(f"the ids of {tokens} image tokens do not walk a rectangle row by row")
     return height, width
+
+
+def _walks(rows: Tensor, columns: Tensor) -> bool:
+    """Whether `[height, width]` numbers rise from row to row and from column to column, by whatever step.
+
+    In bfloat16, which ids come in, numbers beyond 256 are rounded: neighbours may be equal there, but not all of them.
+    """
+    down, right = rows[:, 0], columns[0]
+    same = bool((rows == down[:, None]).all()) and bool((columns == right).all())
+    return same and all(
+        bool((x.diff() >= 0).all()) and (len(x) == 1 or bool(x[-1] > x[0])) for x in (down, right)
+    )
 
 
 def _run(values: Tensor) -> int:

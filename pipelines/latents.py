@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparsediff.token_grid import TokenGrid
 
@@ -40,3 +41,8 @@ def patched(
         )
     shape = (n // p for n, p in zip(sizes, patch, strict=True))
     return TokenGrid.video(*shape, text=text, text_first=text_first)
+
+
+def history_tokens(latents: Tensor, patch: Sequence[int]) -> int:
+    """Tokens that `latents [B, C, F, H, W]` of an earlier part make in patches; models pad what is no whole number of them."""
+    return math.prod(-(-n // p) for n, p in zip(latents.shape[2:], patch, strict=True))

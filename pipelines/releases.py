@@ -20,9 +20,15 @@ SINCE = {
     "DiffusionGemmaPipeline": "0.39",
     "LTX2HDRPipeline": "0.39",
     "LTX2InContextPipeline": "0.39",
+    "MotifVideoImage2VideoPipeline": "0.39",
+    "MotifVideoPipeline": "0.39",
+    "MotifVideoTransformer3DModel": "0.39",
     "MiniMaxH3Transformer3DModel": "0.40",
     "LTX2DFRPipeline": "0.41",
     "LTX2DFRTemporalRefinePipeline": "0.41",
+    "Flux3Transformer2DModel": "0.42",
+    "Kandinsky6TI2VAPipeline": "0.42",
+    "Kandinsky6Transformer3DModel": "0.42",
 }
 
 

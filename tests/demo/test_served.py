@@ -15,7 +15,7 @@ SERVED = {
         "AllegroPipeline", "CogVideoXPipeline", "Cosmos2_5_PredictBasePipeline", "CosmosTextToWorldPipeline",
         "EasyAnimatePipeline", "HunyuanVideo15Pipeline", "HunyuanVideoPipeline", "Kandinsky5T2VPipeline",
         "LTX2ConditionPipeline", "LTX2Pipeline", "LTXConditionPipeline", "LTXPipeline", "MochiPipeline",
-        "SkyReelsV2DiffusionForcingPipeline", "SkyReelsV2Pipeline", "WanPipeline", "WanVACEPipeline",
+        "MotifVideoPipeline", "SkyReelsV2DiffusionForcingPipeline", "SkyReelsV2Pipeline", "WanPipeline", "WanVACEPipeline",
     },
     "picture": {
         "ChromaPipeline", "Cosmos2TextToImagePipeline", "Flux2KleinKVPipeline", "Flux2KleinPipeline", "Flux2Pipeline",

@@ -45,22 +45,28 @@ def image_ids(height, width, *, number=0):
     height=st.integers(1, 330),
     width=st.integers(1, 330),
     reference=st.none() | st.tuples(st.integers(1, 20), st.integers(1, 20)),
-    dtype=st.sampled_from([torch.int64, torch.float32, torch.bfloat16]),
+    form=st.sampled_from(
+        [(torch.int64, 1), (torch.float32, 1), (torch.float32, 0.5), (torch.bfloat16, 1)]
+    ),
     batched=st.booleans(),
 )
-def test_sizes_are_read_from_ids(height, width, reference, dtype, batched):
-    """Also in bfloat16, which rounds rows and columns beyond 256 and is what pipelines send."""
+def test_sizes_are_read_from_ids(height, width, reference, form, batched):
+    """Also in bfloat16, which rounds rows and columns beyond 256 and is what pipelines send; and in half steps (Flux.3)."""
+    dtype, step = form
     ids = image_ids(height, width)
     if reference is not None:
         ids = torch.cat([ids, image_ids(*reference, number=10)])
     ids = ids.to(dtype)
+    ids[:, 1:] *= step
     ids = ids[None].expand(2, -1, -1) if batched else ids
     assert size_from_ids(ids) == (height, width)
 
 
 def test_ids_that_are_no_rectangle_are_refused():
     ids = image_ids(6, 8)
-    for broken in (ids[:-1], ids.flip(0), ids[torch.randperm(48, generator=generator(0))]):
+    shuffled = ids[torch.randperm(48, generator=generator(0))]
+    backwards = torch.stack([ids[:, 0], ids[:, 1], 7 - ids[:, 2]], 1)
+    for broken in (ids[:-1], ids.flip(0), shuffled, backwards, torch.zeros_like(ids)):
         with pytest.raises(ValueError, match="do not walk a rectangle"):
             size_from_ids(broken)
 

@@ -76,12 +76,15 @@ def test_the_table_marks_what_an_old_release_lacks(monkeypatch):
     assert "MiniMax-H3 came with" not in text
     assert "LTX2HDRPipeline (from 0.39)" in text
     assert "LTX2DFRPipeline (not here: from 0.41)" in text
+    assert "not here    Kandinsky 6 came with diffusers 0.42, this is 0.40.1; pip install" in text
     for module in ("releases", "cards"):
         monkeypatch.setattr(f"sparsediff.pipelines.{module}.installed", lambda: "0.38.1")
     text = as_text()
     assert "not here    MiniMax-H3 came with diffusers 0.40, this is 0.38.1; pip install" in text
     assert "not here    DiffusionGemma came with diffusers 0.39, this is 0.38.1; pip" in text
-    assert text.count("    not here    ") == 2
+    lacking = ("DiffusionGemma", "Flux.3", "Kandinsky 6", "MiniMax-H3", "Motif-Video")
+    assert text.count("    not here    ") == len(lacking)
+    assert all(f"not here    {name} came with" in text for name in lacking)
 
 
 def test_the_table_says_what_is_installed():
