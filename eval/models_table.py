@@ -59,7 +59,7 @@ def as_markdown() -> str:
             "\n## Pipelines and checks\n",
             *details,
             "\n## Left dense\n",
-            "Transformers for video that have no adapter, and why:\n",
+            "Transformers that have no adapter, all for video and some for images, and why:\n",
             _lines(NOT_SPARSE.items(), "- `{}`: {}"),
             f"\nNot in diffusers {REVISION}:\n",
             _lines(ABSENT.items(), "- {}: {}"),

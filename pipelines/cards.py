@@ -432,7 +432,8 @@ CARDS = (
     ),
 )
 
-# Video transformers of diffusers without an adapter, and why; enable() refuses them with the list of those that have one.
+# Transformers of diffusers without an adapter, all for video and some for images, and why; enable() refuses them with the list
+# of those that have one.
 NOT_SPARSE = {
     "AnyFlowFARTransformer3DModel": "reads earlier frames from a key and value cache: queries and keys differ in length",
     "AnyFlowTransformer3DModel": "no adapter yet: built as Wan, with a processor of its own",
@@ -441,6 +442,8 @@ NOT_SPARSE = {
     "JoyImageEditTransformer3DModel": "no adapter yet: reference images beside the edited one",
     "Kandinsky6SRTransformer3DModel": "brings a sparse attention of its own (NABLA), always, and asks for the flex backend",
     "LatteTransformer3DModel": "attention is factorised, within frames and along time: short sequences already",
+    "QwenImage21Transformer2DModel": "the image asks alone, of keys that a cache holds beside its own (text, references): orders of "
+    "tokens want as many queries as keys",
     "SanaVideoTransformer3DModel": "linear attention: there is nothing quadratic to leave out",
     "SanaWMLTX2RefinerTransformer3DModel": "no adapter yet: LTX-2's blocks as a refiner",
     "SanaWMTransformer3DModel": "linear attention in most layers: there is nothing quadratic to leave out",

@@ -2,19 +2,22 @@
 
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 from families import chroma, helios, hunyuan_image
 from families.registry import all_families, generator, padded
 from hypothesis import given
 from hypothesis import strategies as st
 
 import sparsediff
-from sparsediff import Custom, Schedule
+from sparsediff import Auto, Custom, Schedule
 from sparsediff.adapter import ADAPTERS, adapter_for
+from sparsediff.noise_level import noise_levels
 from sparsediff.pipelines.packed import runs, volume_beside
 from sparsediff.state import NOT_CAUGHT
 
 FAMILIES = {family.name: family for family in all_families()}
 EVERYTHING = Custom(density=1.0, block=32, search="sparse")
+HALF = Auto(density=0.5, block=32)
 
 
 @pytest.fixture(autouse=True)
@@ -243,13 +246,15 @@ def test_chunks_see_the_ones_before_as_history():
     assert set.union(*seen.values()) == {"124 image + 3x6x8"}
 
 
-def test_each_resolution_of_a_pyramid_is_a_run_of_its_own():
+@pytest.mark.parametrize("scheduler", ["HeliosScheduler", "HeliosDMDScheduler"])
+def test_each_resolution_of_a_pyramid_is_a_run_of_its_own(scheduler):
     # With the default gamma the noise between resolutions cannot be factorised on every CPU.
     stages = {"stages": 2, "stage_range": [0, 0.5, 1], "gamma": 0.3}
-    pipe = helios.build("HeliosPyramidPipeline", **stages)
+    distilled = scheduler == "HeliosDMDScheduler"
+    pipe = helios.build("HeliosPyramidPipeline", scheduler=scheduler, distilled=distilled, **stages)
     pipe.set_progress_bar_config(disable=True)
-    call = {"num_latent_frames_per_chunk": 2, "guidance": "sequential"}
-    call |= {"pyramid_num_inference_steps_list": [2, 2]}
+    call = {"num_latent_frames_per_chunk": 2, "pyramid_num_inference_steps_list": [2, 2]}
+    call |= {"guidance": "off" if distilled else "sequential"}
     size = (128, 192, 5)
     stock = helios.call(pipe, size, **call)
     with enabled(pipe) as handle:
@@ -259,7 +264,38 @@ def test_each_resolution_of_a_pyramid_is_a_run_of_its_own():
     # 4 * 2 * 3 tokens of the long history, 4 * 6 of the middle one, 2 * 8 * 12 of the short one
     assert set.union(*seen.values()) == {"240 image + 2x4x6", "240 image + 2x8x12"}
     assert report.dense_calls == {}
-    assert len(report.steps) == 2, "of the last resolution"
+    assert [step.sigma for step in report.steps] == noise_levels(pipe.scheduler), (
+        "of the last resolution"
+    )
+    with sparsediff.enable(pipe, HALF, schedule=Schedule(dense_steps=1)) as handle:
+        helios.call(pipe, size, **call)
+        assert [step.density == 1 for step in handle.report().steps] == [True, False]
+
+
+def test_an_edit_that_drops_its_frames_on_the_way_goes_on_with_two():
+    """ChronoEdit with reasoning: the first steps make a video, the others its first and last frame."""
+    family = FAMILIES["chronoedit"]
+    pipe = family.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    # Only this one lets go of frames between steps.
+    pipe.scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    call = {"guidance": "sequential", "steps": 3}
+    call |= {"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": 2}
+    size = (128, 160, 13)
+    stock = family.call(pipe, size, **call)
+    with enabled(pipe) as handle:
+        seen = witnessed(handle)
+        assert close(family.call(pipe, size, **call), stock)
+        assert set.union(*seen.values()) == {"4x8x10", "2x8x10"}
+        assert handle.report().dense_calls == {}
+    with sparsediff.enable(pipe, HALF, schedule=Schedule(dense_steps=1)) as handle:
+        out = family.call(pipe, size, **call)
+        assert torch.equal(out, family.call(pipe, size, **call))
+        first, *others = handle.report().steps
+        assert first.density == 1.0
+        assert all(step.density < 1.0 for step in others), [s.density for s in others]
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def build():
     )
 
 
-def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0):
+def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0, **options):
     height, width, frames = size
     return pipe(
         image=Image.linear_gradient("L").resize((width, height)).convert("RGB"),
@@ -41,6 +41,7 @@ def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0):
         guidance_scale=1.0 if guidance == "off" else 3.0,
         output_type="latent",
         generator=generator(seed),
+        **options,
     ).frames
 
 

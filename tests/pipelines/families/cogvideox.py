@@ -81,14 +81,9 @@ def call_with_image(pipe, size, **options):
 
 
 def call_with_face(pipe, size, **options):
-    # of the cropped face and the whole picture with guidance, as the pipeline wants both
-    features = [embeddings(1, 3, 8, seed=i).expand(2, -1, -1) for i in range(5)]
-    batch = 1 if options["guidance"] == "off" else 2
-    face = {
-        "id_cond": embeddings(1, 8).expand(batch, -1),
-        "id_vit_hidden": [f[:batch] for f in features],
-    }
-    return call_with_image(pipe, size, **face, **options)
+    # One face, for both branches of guidance.
+    features = [embeddings(1, 3, 8, seed=i) for i in range(5)]
+    return call_with_image(pipe, size, id_cond=embeddings(1, 8), id_vit_hidden=features, **options)
 
 
 def call_with_video(pipe, size, **options):

@@ -11,7 +11,7 @@ from sparsediff.testing import make_local, seeded
 HISTORY = {(6, 8): 4 * 4 + 12 + 96, (7, 5): 4 * 4 + 12 + 70}
 
 
-def build(pipeline="HeliosPipeline", **options):
+def build(pipeline="HeliosPipeline", *, scheduler="HeliosScheduler", distilled=None, **options):
     import diffusers
 
     with seeded(0):
@@ -26,13 +26,14 @@ def build(pipeline="HeliosPipeline", **options):
     with warnings.catch_warnings():
         # The scheduler gives NumPy tensors for numbers.
         warnings.filterwarnings("ignore", "__array_wrap__ must accept", DeprecationWarning)
-        scheduler = diffusers.HeliosScheduler(**options)
+        scheduler = getattr(diffusers, scheduler)(**options)
     return getattr(diffusers, pipeline)(
         tokenizer=None,
         text_encoder=None,
         vae=vae,
         scheduler=scheduler,
         transformer=make_local(model),
+        **({} if distilled is None else {"is_distilled": distilled}),
     )
 
 
