@@ -215,6 +215,15 @@ CARDS = (
         checked=("skyreels-v2", "skyreels-v2-df"),
     ),
     ModelCard(
+        family="AnyFlow",
+        transformer="AnyFlowTransformer3DModel",
+        pipelines=("AnyFlowPipeline",),
+        tokens="video",
+        guidance=BATCHED,
+        checked=("anyflow",),
+        note="Of four steps, what a schedule leaves dense is a large share.",
+    ),
+    ModelCard(
         family="Cosmos 1.0, Predict 2 and 2.5, Transfer 2.5",
         transformer="CosmosTransformer3DModel",
         pipelines=(
@@ -436,7 +445,6 @@ CARDS = (
 # of those that have one.
 NOT_SPARSE = {
     "AnyFlowFARTransformer3DModel": "reads earlier frames from a key and value cache: queries and keys differ in length",
-    "AnyFlowTransformer3DModel": "no adapter yet: built as Wan, with a processor of its own",
     "Cosmos3OmniTransformer": "two attention calls in one, causal and over shared keys (grouped heads)",
     "JoyImageEditPlusTransformer3DModel": "no adapter yet: several images of different sizes in one sequence",
     "JoyImageEditTransformer3DModel": "no adapter yet: reference images beside the edited one",

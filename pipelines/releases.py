@@ -17,6 +17,8 @@ FLOOR = "0.38"
 
 # Classes of diffusers, among those the cards name, that came later than the floor.
 SINCE = {
+    "AnyFlowPipeline": "0.39",
+    "AnyFlowTransformer3DModel": "0.39",
     "DiffusionGemmaPipeline": "0.39",
     "LTX2HDRPipeline": "0.39",
     "LTX2InContextPipeline": "0.39",

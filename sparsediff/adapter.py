@@ -21,6 +21,7 @@ from sparsediff.token_grid import TokenGrid
 # Transformer class name -> "module:attribute".  Matched exactly: near names (Wan, WanAnimate2) differ in what counts.
 ADAPTERS = {
     "AllegroTransformer3DModel": "sparsediff.pipelines.allegro:AllegroAdapter",
+    "AnyFlowTransformer3DModel": "sparsediff.pipelines.anyflow:AnyFlowAdapter",
     "ChromaTransformer2DModel": "sparsediff.pipelines.chroma:ChromaAdapter",
     "ChronoEditTransformer3DModel": "sparsediff.pipelines.wan:ChronoEditAdapter",
     "CogVideoXTransformer3DModel": "sparsediff.pipelines.cogvideox:CogVideoXAdapter",

@@ -82,7 +82,7 @@ def test_the_table_marks_what_an_old_release_lacks(monkeypatch):
     text = as_text()
     assert "not here    MiniMax-H3 came with diffusers 0.40, this is 0.38.1; pip install" in text
     assert "not here    DiffusionGemma came with diffusers 0.39, this is 0.38.1; pip" in text
-    lacking = ("DiffusionGemma", "Flux.3", "Kandinsky 6", "MiniMax-H3", "Motif-Video")
+    lacking = ("AnyFlow", "DiffusionGemma", "Flux.3", "Kandinsky 6", "MiniMax-H3", "Motif-Video")
     assert text.count("    not here    ") == len(lacking)
     assert all(f"not here    {name} came with" in text for name in lacking)
 
