@@ -123,15 +123,14 @@ def candidates() -> Iterator[Arm]:
     for d in DENSITIES:
         for changes in (
             {},
-            {"refresh": (0.5,)},
-            {"refresh": 4},
-            {"budget": "head_percentile"},
-            {"budget": "head_adaptive"},
-            {"budget": "head_percentile", "refresh": (0.5,)},
-            {"budget": "head_adaptive", "refresh": (0.5,)},
-            {"windows": ((1, 8, 8),)},
-            {"producer": "pooled", "refresh": 1},
-            {"vote_threshold_log2": -4.0},
+            {"budget": "model_percentile"},
+            {"budget": "model_percentile", "refresh": (0.6,)},
+            {"budget": "model_percentile", "refresh": 4},
+            {"budget": "model_percentile", "refresh": (0.6,), "windows": ((1, 8, 8),)},
+            {"budget": "model_percentile", "producer": "pooled", "refresh": 1},
+            {"budget": "layer_percentile", "refresh": (0.6,)},
+            {"budget": "head_adaptive", "refresh": (0.6,)},
+            {"refresh": (0.6,)},
         ):
             yield Arm(Auto(density=d, **changes), d, changes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from sparsediff.kernels.attention import CPU_BREAK_EVEN, run_backend, select_bac
 from sparsediff.methods import AttentionSite, Method
 from sparsediff.methods.base import uncalibrated
 from sparsediff.recorder import Recorder
+from sparsediff.shared_budget import ScoreCounts
 from sparsediff.slot import Layout, MaskSlot, Slots
 from sparsediff.token_grid import TokenGrid, TokenOrder
 
@@ -54,6 +56,24 @@ class BlockAttention:
         self._recorder = recorder
         self._show = show
         self._always_sparse = always_sparse
+        self._counts = ScoreCounts()
+
+    def forget(self) -> None:
+        """Drop what is remembered: a new generation."""
+        self._slots.clear()
+        self._counts.clear()
+
+    def refreshed_at(self, index: int, branch: str) -> int | None:
+        """The step at which the blocks of a layer were chosen last in this generation."""
+        slot = self._slots.known(branch, index)
+        return None if slot is None else slot.refreshed_at
+
+    def sample(self, site: AttentionSite, query: Tensor, key: Tensor) -> None:
+        """Count what blocks score here, for choices of the next step that all layers share a budget in."""
+        (key,) = _for_each_head(query, key)
+        with self._recorder.part("mask", query.device):
+            scores = self.method.sample_scores(query, key, site)
+            self._counts.add(site.branch, site.step, scores)
 
     def run(
         self,
@@ -70,10 +90,7 @@ class BlockAttention:
         """
         method, grid, lengths = self.method, site.grid, (query.shape[1], key.shape[1])
         block_size = method.block_size(grid)
-        if query.shape[2] != key.shape[2]:
-            # Blocks are chosen by query head, and a kernel walks the keys of one head each.
-            group = query.shape[2] // key.shape[2]
-            key, value = (x.repeat_interleave(group, dim=2) for x in (key, value))
+        key, value = _for_each_head(query, key, value)
         backend = _backend_for(
             query.device.type, query.dtype, query.shape[-1], block_size, method.backend
         )
@@ -120,7 +137,7 @@ class BlockAttention:
                         slot.heads = method.choose_windows(query, key, site, None)
                 q, k = order.apply(grid, query, key, heads=slot.heads)
             with part("mask", device):
-                keep = method.keep_blocks(q, k, site, lse=slot.lse)
+                keep = self._keep_blocks(q, k, site, slot.lse)
                 mask = slot.store(
                     keep, forced, block_size, lengths, want_mask=visits == "descending"
                 )
@@ -212,12 +229,20 @@ class BlockAttention:
             lse = order.apply_rows(grid, lse, slot.heads)
         forced = _forced(self._rules, grid, q.device, order is not None)
         with self._recorder.part("mask", query.device):
-            keep = method.keep_blocks(q, k, site, lse=lse)
+            keep = self._keep_blocks(q, k, site, lse)
             slot.store(keep, forced, block_size, lengths, want_mask=False)
         slot.refreshed_at = site.step
         keeps_lse = method.keeps_lse(site) and self._slots.has_room_for_lse(slot.layout)
         slot.lse = lse.half() if keeps_lse else None
         return result.out
+
+    def _keep_blocks(
+        self, query: Tensor, key: Tensor, site: AttentionSite, lse: Tensor | None
+    ) -> Tensor:
+        density = self.method.shared_density
+        if density is not None:
+            site = replace(site, score_bar=self._counts.bar(site.branch, site.step, density))
+        return self.method.keep_blocks(query, key, site, lse=lse)
 
     @staticmethod
     def _undo(order: TokenOrder | None, slot: MaskSlot, grid: TokenGrid, out: Tensor) -> Tensor:
@@ -247,6 +272,12 @@ def _backend_for(
     device: str, dtype: torch.dtype, head_dim: int, block_size: tuple[int, int], name: str
 ):
     return select_backend(torch.device(device), dtype, head_dim, block_size, name)
+
+
+def _for_each_head(query: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Keys and values for every query head: blocks are chosen by query head, and a kernel walks the keys of one each."""
+    group = query.shape[2] // tensors[0].shape[2]
+    return tensors if group == 1 else tuple(x.repeat_interleave(group, dim=2) for x in tensors)
 
 
 @functools.lru_cache(maxsize=8)

@@ -98,15 +98,32 @@ def head_percentile(scores: Tensor, density: float, *, row_minimum: int = 1) -> 
     The published rule: with `k = int((1 - density) * Mq * Nk)`, the threshold is the k-th smallest score, ties stay.
     A diffuse query row can lose every block that way; the `row_minimum` best blocks of each row are kept as well.
     """
-    _check_fraction("density", density)
-    flat = scores.flatten(-2)
-    k = int((1.0 - density) * flat.shape[-1] + 1e-9)
-    if k == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    threshold = flat.sort(dim=-1).values[..., k - 1]
-    keep = scores >= threshold[..., None, None]
+    return above_bar(scores, _percentile(scores.flatten(-2), density), row_minimum=row_minimum)
+
+
+def layer_percentile(scores: Tensor, density: float, *, row_minimum: int = 1) -> Tensor:
+    """Keep the best `density` of all blocks of a layer, whichever head and row they are of.
+
+    Scores must mean the same in every row, as shares of its softmax do.  Ties and the minimum as in `head_percentile`.
+    """
+    bar = _percentile(scores.flatten(1), density)
+    return above_bar(scores, bar[:, None], row_minimum=row_minimum)
+
+
+def above_bar(scores: Tensor, bar: Tensor, *, row_minimum: int = 1) -> Tensor:
+    """Keep blocks that score at least `bar` (`[B, H]` or `[B, 1]`), and the `row_minimum` best of each row."""
+    keep = scores >= bar[..., None, None]
     best = scores.topk(min(row_minimum, scores.shape[-1]), dim=-1).indices
     return keep.scatter_(-1, best, True)
+
+
+def _percentile(flat: Tensor, density: float) -> Tensor:
+    """The score above which lies `density` of the last dimension; -inf where that is everything."""
+    _check_fraction("density", density)
+    k = int((1.0 - density) * flat.shape[-1] + 1e-9)
+    if k == 0:
+        return flat.new_full(flat.shape[:-1], -torch.inf)
+    return flat.sort(dim=-1).values[..., k - 1]
 
 
 def _round_up(k: float) -> int:

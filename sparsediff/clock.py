@@ -28,8 +28,8 @@ class Tick:
     step: int
     num_steps: int | None
     sigma: float | None
-    # of the step after this one, where a pipeline's scheduler tells
-    next_sigma: float | None = None
+    # of the steps after this one, where a pipeline's scheduler tells
+    later_sigmas: tuple[float, ...] = ()
 
 
 class Clock:
@@ -129,8 +129,9 @@ class Clock:
         elif step is None:
             step = 0 if timestep is None else _nearest(self._values, timestep)
         step = min(max(step, 0), len(self._levels) - 1)
-        following = self._levels[step + 1] if step + 1 < len(self._levels) else None
-        return Tick(self.tick.generation, step, len(self._levels), self._levels[step], following)
+        levels = self._levels
+        later = tuple(levels[step + 1 :])
+        return Tick(self.tick.generation, step, len(levels), levels[step], later)
 
     def _read_timestep(
         self,

@@ -164,6 +164,11 @@ class Slots(OrderedDict[str, list[MaskSlot | None]]):
             self._tell_memory(layout, wants_lse and self.has_room_for_lse(layout))
         return slot
 
+    def known(self, branch: str, index: int) -> MaskSlot | None:
+        """What layer `index` remembers in `branch`, if it has come by."""
+        layers = self.get(branch)
+        return None if layers is None else layers[index]
+
     def has_room_for_lse(self, layout: Layout) -> bool:
         """Whether masks and log-sum-exps of one clip with guidance stay under the target.
 

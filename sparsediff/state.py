@@ -132,7 +132,7 @@ class RunState:
         if tick.generation != self._generation:
             self._generation = tick.generation
             self._remembered = self.adapter.remember(arguments)
-            self._slots.clear()
+            self._blocks.forget()
             self._calls_in_step = (None, Counter())
         recorder = self.recorder
         recorder.begin_generation(tick.generation)
@@ -193,7 +193,7 @@ class RunState:
     def release(self) -> None:
         """Let go of the model and the masks; what was recorded stays."""
         self.modules, self.wrappers = [], []
-        self._slots.clear()
+        self._blocks.forget()
         self._forward, self._masks = None, MaskReader()
         STATES.pop(self.key, None)
 
@@ -243,11 +243,14 @@ class RunState:
             reason = self.schedule.dense_reason(site)
             warn = reason == UNKNOWN_STEPS
             choosing = reason is None or self._looks_ahead(site)
-            if choosing or self.observer is not None:
+            sampling = self.method.shared_density is not None and self._precedes_choice(index, site)
+            if choosing or sampling or self.observer is not None:
                 packing = packing_of(self.adapter, site.grid, attn_mask, len(query))
                 site = replace(site, grid=packing.grid, kv_lengths=packing.lengths)
                 seen = (x[:, : visible.keys] for x in (key, value))
                 packed = packing.pack(query, *seen)
+                if sampling:
+                    self._blocks.sample(site, *packed[:2])
                 if self.observer is not None:
                     if not choosing:
                         self._record_dense(index, reason, warn=warn)
@@ -256,10 +259,11 @@ class RunState:
                         index, site, *packed, lambda: packing.pack(dense())[0], reason, choosing
                     )
                     return packing.unpack(out)
-                out, why = self._blocks.run(index, site, *packed, reason)
-                if out is not None:
-                    return packing.unpack(out)
-                reason, warn = why, True
+                if choosing:
+                    out, why = self._blocks.run(index, site, *packed, reason)
+                    if out is not None:
+                        return packing.unpack(out)
+                    reason, warn = why, True
         self._record_dense(index, reason, warn=warn)
         grid = self._grid(index, query) if self._forward and self._forward.grid else None
         self._show(index, query, key, scale, grid, dense_reason=reason)
@@ -348,6 +352,19 @@ class RunState:
         following = site.next_step() if self.method.looks_ahead else None
         return following is not None and self.schedule.dense_reason(following) is None
 
+    def _precedes_choice(self, index: int, site: AttentionSite) -> bool:
+        """Whether the next call of this layer chooses blocks."""
+        following = site.next_step()
+        if following is None:
+            return False
+        if self.schedule.dense_reason(following) is not None:
+            return self._looks_ahead(following)
+        refreshed_at = self._blocks.refreshed_at(index, site.branch)
+        dense = self.schedule.dense_reason(site) is not None
+        if self._looks_ahead(site) if dense else self.method.refreshes(site, refreshed_at):
+            refreshed_at = site.step
+        return self.method.refreshes(following, refreshed_at)
+
     def _grid(self, index: int, query: Tensor) -> TokenGrid:
         """Of one attention call: some layers see the grid alone, or the words of one sample."""
         return self.adapter.call_grid(self._forward.grid, self.modules[index][0], query.shape[1])
@@ -363,7 +380,7 @@ class RunState:
             # A model that attends sample by sample comes by several times; each has a mask of its own.
             branch=forward.branch if sample == 1 else f"{forward.branch}, sample {sample}",
             grid=self._grid(index, query),
-            next_sigma=forward.tick.next_sigma,
+            later_sigmas=forward.tick.later_sigmas,
             scale=scale,
             name=self.layers[index],
         )

@@ -30,12 +30,14 @@ class AttentionSite:
         step: denoising step, from 0.
         num_steps: steps of this generation; None for a bare transformer whose caller has not said.
         sigma: noise level in [0, 1], as `sparsediff.noise_level` defines it; None if unknown.
-        next_sigma: noise level of the step after this one; None if unknown or if this is the last.
+        later_sigmas: noise levels of the steps after this one; empty if unknown or if this is the last.
         scale: of the logits, where the model's differs from `1 / sqrt(D)`.
         branch: classifier-free guidance branch (`"cond"`, `"uncond"`, ... as the pipeline names it).
         grid: the tokens of this call.
         kv_lengths: `int32 [B]`, keys at or past it are padding and take no part; None if there is none.
         visible: `bool [B|1, H|1, Mq, Nk]`, the blocks that the model's own mask shows; None if it shows all.
+        score_bar: `float32 [B]`, the score from which a block is kept where all layers share one budget; None if no
+            scores have been sampled yet.
     """
 
     layer: int
@@ -46,10 +48,11 @@ class AttentionSite:
     branch: str
     grid: TokenGrid
     visible: Tensor | None = field(default=None, repr=False, compare=False)
-    next_sigma: float | None = None
+    later_sigmas: tuple[float, ...] = ()
     scale: float | None = None
     name: str = ""
     kv_lengths: Tensor | None = field(default=None, compare=False, repr=False)
+    score_bar: Tensor | None = field(default=None, compare=False, repr=False)
 
     def passed(self, shares: Sequence[float], since: int) -> bool:
         """Whether one of these shares of the steps has come after step `since`; not if nobody knows how many there are."""
@@ -65,9 +68,10 @@ class AttentionSite:
 
     def next_step(self) -> AttentionSite | None:
         """The same call one step later; None if nobody knows whether there is one."""
-        if self.next_sigma is None:
+        if not self.later_sigmas:
             return None
-        return replace(self, step=self.step + 1, sigma=self.next_sigma, next_sigma=None)
+        sigma, *later = self.later_sigmas
+        return replace(self, step=self.step + 1, sigma=sigma, later_sigmas=tuple(later))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +98,22 @@ class Method(ABC):
     def needs_step_count(self) -> bool:
         """Whether it must know how many steps a generation has, which a bare transformer cannot tell."""
         return False
+
+    @property
+    def shared_density(self) -> float | None:
+        """The share of the blocks of all layers together that is kept; None: every layer has a budget of its own.
+
+        The scores of all layers are needed before the first of them is served, so they are sampled (`sample_scores`) one
+        step before blocks are chosen.
+        """
+        return None
+
+    def sample_scores(self, query: Tensor, key: Tensor, site: AttentionSite) -> Tensor:
+        """For a `shared_density`: what some of the blocks of this call score, `float32 [B, n]`.
+
+        `query`, `key` are in the model's own order.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def block_size(self, grid: TokenGrid) -> tuple[int, int]:

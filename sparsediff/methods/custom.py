@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from sparsediff.budget import (
+    above_bar,
     head_adaptive_top_k,
     head_percentile,
+    layer_percentile,
     recall,
     row_top_k,
     row_top_p,
@@ -25,8 +27,16 @@ from sparsediff.schedule import Schedule
 from sparsediff.token_grid import TokenOrder, Window
 
 Producer = Literal["mass", "pooled"]
-Budget = Literal["row_top_k", "row_top_p", "head_percentile", "head_adaptive"]
+Budget = Literal[
+    "row_top_k",
+    "row_top_p",
+    "head_adaptive",
+    "head_percentile",
+    "layer_percentile",
+    "model_percentile",
+]
 SAMPLED_BLOCKS = 32  # query blocks of each head that a window is judged by
+COUNTED_BLOCKS = 8  # query blocks of each head that are counted for a budget of all layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +44,14 @@ class Custom(SquareBlockMethod):
     """A hybrid put together from the parts of the published methods.
 
     Attributes:
-        density: share of key blocks kept; for `row_top_p` the share of the softmax mass.
+        density: share of key blocks kept: of a row of blocks, of a head, of a layer or of all layers, as the budget has
+            it; for `row_top_p` the share of the softmax mass.
         producer: what scores a block: its exact softmax mass (`"mass"`: AdaSpa, SparseD) or the attention between
             pooled queries and keys (`"pooled"`: DraftAttention).
-        budget: `"row_top_k"` (AdaSpa, SparseD), `"row_top_p"`, `"head_percentile"` (DraftAttention) or
-            `"head_adaptive"` (AdaSpa).
+        budget: `"row_top_k"` (AdaSpa, SparseD), `"row_top_p"`, `"head_adaptive"` (AdaSpa), or the best blocks wherever
+            they lie: in a head (`"head_percentile"`, DraftAttention), in all heads of a layer (`"layer_percentile"`) or
+            in all layers (`"model_percentile"`).  The last samples scores one step before blocks are chosen; where it
+            cannot (the first step of a run chooses), each layer has its own budget.
         windows: which tokens share a block: `()` keeps the sequence, one window serves all heads, of several each head
             takes the one under which it keeps the most mass.  A window is `(frames, height, width)` or an order of
             the axes such as `"HWF"`.
@@ -117,9 +130,8 @@ class Custom(SquareBlockMethod):
             alone = TokenOrder((window,))
             q, k = alone.apply(site.grid, query, key)
             blocks = q.shape[1] // block
-            step = max(1, blocks // SAMPLED_BLOCKS)
-            sample = slice(step // 2, blocks, step)
-            q = q[:, : blocks * block].unflatten(1, (blocks, block))[:, sample].flatten(1, 2)
+            sample = _spread(0, blocks, SAMPLED_BLOCKS)
+            q = _rows_of(q, sample, block)
             rows = None
             if lse is not None:
                 rows = alone.apply_rows(site.grid, lse)[..., : blocks * block]
@@ -130,6 +142,25 @@ class Custom(SquareBlockMethod):
             shares.append(recall(mass, row_top_k(mass, min(self.density, 0.5))))
         # Each clip for itself: what a prompt gives must not depend on what it is generated beside.
         return torch.stack(shares).argmax(0).to(torch.int32)
+
+    @property
+    def shared_density(self) -> float | None:
+        """`density`, if the budget is the model's."""
+        return self.density if self.budget == "model_percentile" else None
+
+    def sample_scores(self, query: Tensor, key: Tensor, site: AttentionSite) -> Tensor:
+        """The scores of a few rows of blocks of every head, under the windows that these heads take."""
+        order, (block, _) = self.order(site), self.block_size(site.grid)
+        if order is not None:
+            chosen = order.chosen_at_run_time
+            heads = self.choose_windows(query, key, site, None) if chosen else None
+            query, key = order.apply(site.grid, query, key, heads=heads)
+        video = site.grid.whole_blocks(block, reordered=order is not None)
+        whole = min(video.stop, query.shape[1] // block)
+        if whole <= video.start:
+            return query.new_zeros(len(query), 0, dtype=torch.float32)
+        sample = _rows_of(query, _spread(video.start, whole, COUNTED_BLOCKS), block)
+        return self._scores(sample, key, site, video).flatten(1)
 
     def refreshes(self, site: AttentionSite, last_refresh: int | None) -> bool:
         """The first time, and as `refresh` says."""
@@ -153,26 +184,42 @@ class Custom(SquareBlockMethod):
         """Score, then budget, over the blocks of the grid; all that touches other tokens is the caller's to add."""
         size = self.block_size(site.grid)
         video = site.grid.whole_blocks(size[0], reordered=self.order(site) is not None)
-        if self.producer == "mass":
-            scores = block_mass(
-                query, key, size, scale=site.scale, lse=lse, kv_lengths=site.kv_lengths
-            )
-            visual = scores[..., video, video]
-        else:
-            scores = pooled_scores(query, key, size, scale=site.scale, kv_lengths=site.kv_lengths)
-            visual = scores[..., video, video].softmax(-1)
-        keep = torch.zeros_like(scores, dtype=torch.bool)
-        keep[..., video, video] = self._spend(visual)
+        scores = self._scores(query, key, site, video, lse=lse)
+        blocks = (-(-x.shape[1] // n) for x, n in zip((query, key), size, strict=True))
+        keep = scores.new_zeros(*scores.shape[:2], *blocks, dtype=torch.bool)
+        keep[..., video, video] = self._spend(scores[..., video, :], site.score_bar)
         return keep
 
-    def _spend(self, scores: Tensor) -> Tensor:
-        if self.budget == "row_top_p":
-            return row_top_p(scores, self.density)
-        if self.budget == "head_percentile":
-            return head_percentile(scores, self.density)
-        if self.budget == "head_adaptive":
-            return head_adaptive_top_k(scores, self.density)
-        return row_top_k(scores, self.density)
+    def _scores(
+        self,
+        query: Tensor,
+        key: Tensor,
+        site: AttentionSite,
+        columns: slice,
+        *,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        """What the key blocks `columns` score in every row of blocks, as share of the row: `float32 [B, H, Mq, n]`."""
+        size, lengths = self.block_size(site.grid), site.kv_lengths
+        if self.producer == "pooled":
+            logits = pooled_scores(query, key, size, scale=site.scale, kv_lengths=lengths)
+            return logits[..., columns].softmax(-1)
+        mass = block_mass(query, key, size, scale=site.scale, lse=lse, kv_lengths=lengths)
+        if ragged := query.shape[1] % size[0]:
+            mass[..., -1, :] *= size[0] / ragged
+        return mass.div_(size[0])[..., columns]
+
+    def _spend(self, scores: Tensor, bar: Tensor | None) -> Tensor:
+        if self.budget == "model_percentile" and bar is not None:
+            return above_bar(scores, bar[:, None])
+        spend = {
+            "row_top_p": row_top_p,
+            "head_adaptive": head_adaptive_top_k,
+            "head_percentile": head_percentile,
+            "layer_percentile": layer_percentile,
+            "model_percentile": layer_percentile,
+        }.get(self.budget, row_top_k)
+        return spend(scores, self.density)
 
     def default_schedule(self) -> Schedule:
         """Dense above noise level 0.95, and 15 % of the steps at least.
@@ -181,3 +228,15 @@ class Custom(SquareBlockMethod):
         CogVideoX's under DDIM or DPM, and none where a scheduler starts below (Stable Diffusion's: at 0.94).
         """
         return Schedule(dense_above_sigma=0.95, min_dense_share=0.15)
+
+
+def _spread(start: int, stop: int, count: int) -> slice:
+    """At least `count` places between, evenly spaced; all if there are fewer."""
+    step = max(1, (stop - start) // count)
+    return slice(start + step // 2, stop, step)
+
+
+def _rows_of(query: Tensor, blocks: slice, block: int) -> Tensor:
+    """The tokens of some whole blocks: `[B, n, H, D]`."""
+    whole = query.shape[1] // block
+    return query[:, : whole * block].unflatten(1, (whole, block))[:, blocks].flatten(1, 2)

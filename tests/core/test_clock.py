@@ -62,8 +62,8 @@ def test_steps_are_counted_per_evaluation_and_generations_per_run(name, branches
         assert {t.num_steps for t in ticks} == {len(timesteps)}
         levels = noise_levels(pipe.scheduler)
         assert [t.sigma for t in ticks] == [levels[s] for s in steps for _ in range(branches)]
-        assert [t.next_sigma for t in ticks] == [
-            levels[s + 1] if s + 1 < len(levels) else None for s in steps for _ in range(branches)
+        assert [t.later_sigmas for t in ticks] == [
+            tuple(levels[s + 1 :]) for s in steps for _ in range(branches)
         ]
 
 

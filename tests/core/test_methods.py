@@ -19,7 +19,7 @@ from sparsediff import (
     SparseD,
     TokenGrid,
 )
-from sparsediff.budget import head_percentile, row_top_k
+from sparsediff.budget import above_bar, head_percentile, layer_percentile, row_top_k
 from sparsediff.methods import METHODS, build_method
 from sparsediff.slot import STATE_TARGET_BYTES, Layout, Slots, slot_bytes
 
@@ -77,6 +77,25 @@ def test_head_percentile_follows_the_published_rule(s, density, minimum):
             for j in range(n):
                 x = s[0, h, i, j].item()
                 assert keep[0, h, i, j] == (k == 0 or x >= flat[k - 1] or x in best)
+
+
+@given(scores, fractions, st.integers(1, 3))
+def test_layer_percentile_ranks_the_blocks_of_all_heads_together(s, density, minimum):
+    two = torch.cat([s, 10 * s])  # samples have budgets of their own
+    keep = layer_percentile(two, density, row_minimum=minimum)
+    alone = [layer_percentile(x[None], density, row_minimum=minimum)[0] for x in two]
+    assert torch.equal(keep, torch.stack(alone))
+    expected = head_percentile(s.flatten(1, 2)[:, None], density, row_minimum=minimum)
+    assert torch.equal(keep[:1].flatten(1, 2)[:, None], expected)
+
+
+@given(scores, st.floats(-3, 3), st.integers(1, 3))
+def test_a_bar_keeps_what_reaches_it_and_the_best_of_every_row(s, bar, minimum):
+    keep = above_bar(s, torch.tensor([[bar, 2 * bar]]), row_minimum=minimum)
+    for h, least in enumerate((bar, 2 * bar)):
+        for row, kept in zip(s[0, h].tolist(), keep[0, h].tolist(), strict=True):
+            best = sorted(row, reverse=True)[:minimum]
+            assert kept == [x >= torch.tensor(least).item() or x in best for x in row]
 
 
 @given(

@@ -1,0 +1,234 @@
+"""One budget of blocks for all layers: what a block must score is found one step early."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sparsediff
+from sparsediff import Auto, Custom, Schedule, TokenGrid
+from sparsediff.budget import layer_percentile
+from sparsediff.kernels.block_scores import block_mass
+from sparsediff.methods.base import AttentionSite
+from sparsediff.shared_budget import BINS_AN_OCTAVE, ScoreCounts
+from sparsediff.testing import random_wan_pipeline
+
+LAYERS, BRANCHES = 2, 2
+SMALL = {"height": 128, "width": 128, "num_frames": 17, "max_sequence_length": 16}
+
+
+# -- counting -------------------------------------------------------------------------------------------------------
+
+
+def draw(seed, layers, batch=2, blocks=300):
+    """Scores of several layers, like shares of a softmax: many small ones, few large."""
+    g = torch.Generator().manual_seed(seed)
+    spread = 1 + 3 * torch.rand(layers, batch, 1, generator=g)
+    return (spread * torch.randn(layers, batch, blocks, generator=g) - 6).exp().clamp(max=1)
+
+
+@given(st.integers(0, 999), st.integers(1, 5), st.floats(0.01, 0.99))
+def test_the_bar_is_the_quantile_over_all_layers_of_each_sample(seed, layers, density):
+    counts, scores = ScoreCounts(), draw(seed, layers)
+    for layer in scores:
+        counts.add("cond", 3, layer)
+    bar = counts.bar("cond", 4, density)
+    assert bar.shape == (2,)
+    for sample, least in enumerate(bar):
+        every = scores[:, sample].flatten()
+        exact = every.sort(descending=True).values[int(density * len(every))]
+        assert abs(least.log2() - exact.log2()) < 2 / BINS_AN_OCTAVE + 0.5
+
+
+@given(st.integers(0, 999), st.floats(0.05, 0.95))
+def test_what_reaches_the_bar_is_the_share_asked_for(seed, density):
+    counts, scores = ScoreCounts(), draw(seed, 4, blocks=2000)
+    for layer in scores:
+        counts.add("cond", 0, layer)
+    bar = counts.bar("cond", 1, density)
+    kept = (scores >= bar[:, None]).float().mean((0, 2))
+    assert (kept - density).abs().max() < 0.01
+
+
+def test_whoever_wants_everything_gets_it():
+    counts = ScoreCounts()
+    counts.add("cond", 0, torch.tensor([[0.0, 1e-30, 0.5, 1.0]]))
+    assert (torch.tensor([0.0, 1e-30, 0.5, 1.0]) >= counts.bar("cond", 1, 1.0)).all()
+
+
+def test_the_latest_step_before_counts_and_branches_are_apart():
+    counts = ScoreCounts()
+    low, high = torch.full((1, 8), 2.0**-9), torch.full((1, 8), 2.0**-3)
+    assert counts.bar("cond", 5, 0.5) is None
+    counts.add("cond", 1, low)
+    counts.add("uncond", 1, high)
+    assert counts.bar("cond", 1, 0.5) is None, (
+        "of this very step, whose later layers nobody has seen"
+    )
+    assert counts.bar("cond", 2, 0.5) < 2**-8 < counts.bar("uncond", 2, 0.5)
+    counts.add("cond", 2, high)
+    assert counts.bar("cond", 2, 0.5) < 2**-8 < counts.bar("cond", 3, 0.5)
+    counts.add("cond", 3, low)
+    assert counts.bar("cond", 2, 0.5) is None, "only the last two steps are kept"
+    counts.clear()
+    assert counts.bar("cond", 9, 0.5) is None
+
+
+# -- choosing -------------------------------------------------------------------------------------------------------
+
+
+def site(grid, **changes):
+    values = {
+        "layer": 0, "num_layers": 2, "step": 0, "num_steps": 10, "sigma": 1.0, "branch": "cond", "grid": grid,
+    }  # fmt: skip
+    return AttentionSite(**{**values, **changes})
+
+
+@given(st.integers(0, 99), st.integers(40, 333), st.integers(0, 40), st.floats(0.001, 0.3))
+def test_a_bar_is_held_against_the_share_of_each_row(seed, video, text, bar):
+    """Also in a ragged last row of blocks, and with text beside the video."""
+    grid = TokenGrid.video(1, 1, video, text=text)
+    g = torch.Generator().manual_seed(seed)
+    q, k = (2 * torch.randn(2, grid.num_tokens, 2, 16, generator=g) for _ in range(2))
+    method = Custom(budget="model_percentile", block=32)
+    bars = torch.tensor([bar, 2 * bar])
+    keep = method.keep_blocks(q, k, site(grid, score_bar=bars))
+    mass, whole = block_mass(q, k, (32, 32)), grid.whole_blocks(32)
+    rows = mass.sum(-1, keepdim=True)  # tokens of each row of blocks
+    visual = (mass / rows)[..., whole, whole]
+    expected = (visual >= bars[:, None, None, None]) | (visual == visual.amax(-1, keepdim=True))
+    near = (visual - bars[:, None, None, None]).abs() < 1e-6
+    assert ((keep[..., whole, whole] == expected) | near).all()
+    assert not keep[..., whole.stop :, :].any()
+    assert not keep[..., whole.stop :].any()
+
+
+def test_without_samples_each_layer_has_its_own_budget():
+    grid = TokenGrid.video(5, 8, 8)
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 320, 2, 16, generator=g) for _ in range(2))
+    keep = Custom(budget="model_percentile").keep_blocks(q, k, site(grid))
+    assert torch.equal(keep, layer_percentile(block_mass(q, k, (64, 64)), 0.3))
+
+
+@pytest.mark.parametrize("producer", ["mass", "pooled"])
+@pytest.mark.parametrize("windows", [(), ((1, 8, 8),), ((1, 8, 8), "HWF")])
+def test_samples_are_rows_of_what_is_chosen_from(producer, windows):
+    grid = TokenGrid.video(5, 8, 8, text=10)
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, grid.num_tokens, 2, 16, generator=g) for _ in range(2))
+    method = Custom(budget="model_percentile", producer=producer, windows=windows)
+    sampled = method.sample_scores(q, k, site(grid))
+    order = method.order(site(grid))
+    if order is not None:
+        chosen = order.chosen_at_run_time
+        heads = method.choose_windows(q, k, site(grid), None) if chosen else None
+        q, k = order.apply(grid, q, k, heads=heads)
+    every = method._scores(q, k, site(grid), slice(0, 5))[..., :5, :].flatten(1)
+    # Of five rows of blocks all are sampled.
+    torch.testing.assert_close(sampled, every)
+
+
+# -- in a run -------------------------------------------------------------------------------------------------------
+
+
+def generate(pipe, *, steps=4, prompt="a small red circle moves left", seeds=(0,), **changes):
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    call = {"prompt": prompt, "generator": generators, **SMALL, **changes}
+    return pipe(num_inference_steps=steps, guidance_scale=3.0, output_type="latent", **call).frames
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    monkeypatch.setattr("sparsediff.block_attention.CPU_BREAK_EVEN", 2.0)
+    return random_wan_pipeline()
+
+
+@pytest.fixture
+def samples(monkeypatch):
+    """`(layer, step)` of every sampling, and `(layer, step, whether there was a bar)` of every choice, "cond" alone."""
+    sampled, chosen = [], []
+    sample, keep = Custom.sample_scores, Custom.keep_blocks
+
+    def look(self, query, key, site):
+        if site.branch == "cond":
+            sampled.append((site.layer, site.step))
+        return sample(self, query, key, site)
+
+    def choose(self, query, key, site, *, lse=None):
+        if site.branch == "cond":
+            chosen.append((site.layer, site.step, site.score_bar is not None))
+        return keep(self, query, key, site, lse=lse)
+
+    monkeypatch.setattr(Custom, "sample_scores", look)
+    monkeypatch.setattr(Custom, "keep_blocks", choose)
+    return sampled, chosen
+
+
+@pytest.mark.parametrize(
+    ("changes", "dense", "sampled", "chosen"),
+    [
+        ({}, 3, [1], {2: True}),
+        ({}, 2, [0], {1: True}),
+        ({}, 1, [], {0: False}),  # nothing comes before the step that chooses
+        ({"search": "sparse"}, 2, [1], {2: True}),
+        ({"search": "dense"}, 2, [1], {2: True}),
+        ({}, 0, [], {0: False}),
+        ({"refresh": 2}, 2, [0, 2, 4], {1: True, 3: True, 5: True}),
+        ({"refresh": (0.7,)}, 2, [0, 3], {1: True, 4: True}),
+        ({"refresh": 1}, 2, [0, 1, 2, 3, 4], {1: True, 2: True, 3: True, 4: True, 5: True}),
+    ],
+    ids=str,
+)
+def test_scores_are_sampled_one_step_before_blocks_are_chosen(
+    pipe, samples, changes, dense, sampled, chosen
+):
+    method = Auto(budget="model_percentile", **changes)
+    with sparsediff.enable(pipe, method, schedule=Schedule(dense_steps=dense)):
+        generate(pipe, steps=6)
+    assert samples[0] == [(layer, step) for step in sampled for layer in range(LAYERS)]
+    assert samples[1] == [(layer, *x) for x in chosen.items() for layer in range(LAYERS)]
+
+
+def test_layers_that_stay_dense_take_no_part(pipe, samples):
+    schedule = Schedule(dense_steps=2, dense_layers=1)
+    with sparsediff.enable(pipe, Auto(budget="model_percentile"), schedule=schedule):
+        generate(pipe)
+    assert samples == ([(1, 0)], [(1, 1, True)])
+
+
+@pytest.mark.parametrize("density", [0.3, 0.6])
+def test_layers_differ_and_together_keep_what_was_asked_for(pipe, density):
+    """Nearly: the bar is that of the step before, and every row keeps its best."""
+    # One layer looks everywhere, the other at few tokens.
+    pipe.transformer.blocks[0].attn1.norm_q.weight.data.mul_(0.05)
+    with sparsediff.enable(
+        pipe, Auto(density=density, budget="model_percentile"), schedule=Schedule(dense_steps=2)
+    ) as handle:
+        generate(pipe, height=192, width=192, num_frames=33)
+        layers = handle.report().layers
+    shares = [2 * layer.density - 1 for layer in layers]  # two of the four steps are dense
+    assert abs(sum(shares) / LAYERS - density) < 0.08
+    assert max(shares) - min(shares) > 0.1
+
+
+def test_a_clip_does_not_depend_on_what_it_is_made_beside(pipe):
+    method, schedule = Auto(budget="model_percentile", refresh=2), Schedule(dense_steps=2)
+    prompts = ["a small red circle moves left", "two stars"]
+    with sparsediff.enable(pipe, method, schedule=schedule):
+        both = generate(pipe, prompt=prompts, seeds=(0, 1))
+        second = generate(pipe, prompt=prompts[1], seeds=(1,))
+        again = generate(pipe, prompt=prompts, seeds=(0, 1))
+    assert torch.equal(both, again), "nothing is left of the run before"
+    assert torch.allclose(both[1], second[0], rtol=0, atol=1e-4 * second.abs().max().item())
+
+
+def test_steps_that_only_sample_stay_exact(pipe):
+    stock = []
+    generate(pipe, callback_on_step_end=lambda p, i, t, k: stock.append(k["latents"]) or k)
+    seen = []
+    with sparsediff.enable(pipe, Auto(budget="model_percentile"), schedule=Schedule(dense_steps=3)):
+        generate(pipe, callback_on_step_end=lambda p, i, t, k: seen.append(k["latents"]) or k)
+    assert torch.equal(torch.stack(seen[:2]), torch.stack(stock[:2]))
+    assert not torch.equal(seen[3], stock[3])
