@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from sparsediff.adapter import ModelAdapter, Preset, adapter_of
-from sparsediff.pipelines.cards import ABSENT, CARDS, CONFORMANCE, NOT_SPARSE, ModelCard
+from sparsediff.pipelines.cards import ABSENT, CARDS, CONFORMANCE, NOT_SPARSE
+from sparsediff.pipelines.model_card import ModelCard
 from sparsediff.pipelines.releases import FLOOR, REVISION, installed, reaches, since
 
 INTRO = f"""\

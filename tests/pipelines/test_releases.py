@@ -70,14 +70,14 @@ def test_a_family_needs_its_transformer_and_a_pipeline():
 
 
 def test_the_table_marks_what_an_old_release_lacks(monkeypatch):
-    for module in ("releases", "cards"):
+    for module in ("releases", "model_card"):
         monkeypatch.setattr(f"sparsediff.pipelines.{module}.installed", lambda: "0.40.1")
     text = as_text()
     assert "MiniMax-H3 came with" not in text
     assert "LTX2HDRPipeline (from 0.39)" in text
     assert "LTX2DFRPipeline (not here: from 0.41)" in text
     assert "not here    Kandinsky 6 came with diffusers 0.42, this is 0.40.1; pip install" in text
-    for module in ("releases", "cards"):
+    for module in ("releases", "model_card"):
         monkeypatch.setattr(f"sparsediff.pipelines.{module}.installed", lambda: "0.38.1")
     text = as_text()
     assert "not here    MiniMax-H3 came with diffusers 0.40, this is 0.38.1; pip install" in text
