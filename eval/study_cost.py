@@ -32,6 +32,7 @@ from sparsediff.methods import (
 )
 from sparsediff.methods.paro_attention import ORDERS
 from sparsediff.methods.sparse_vdit import MODES, MULTI
+from sparsediff.slot import Layout, Slots
 from sparsediff.timing import seconds
 from sparsediff.token_grid import TokenGrid
 
@@ -40,6 +41,7 @@ FIRST = STEPS // 5  # steps before it are dense
 LAYER = "transformer.blocks.0.attn1"
 METHODS: tuple[Method, ...] = (
     Auto(),
+    Auto(budget="model_percentile", refresh=(0.6,)),
     AdaSpa(block=128),
     AdaSpa(block=64),
     SparseD(block=128),
@@ -120,8 +122,15 @@ def _row(
         name=LAYER,
     )  # fmt: skip
     lse = _log_sum_exp(method, site, tensors)
-    search_ms = milliseconds(lambda: _search(method, site, query, tensors[1], lse), query.device)
-    searches = _searches(method, site)
+    key, device = tensors[1], query.device
+    search_ms = milliseconds(lambda: _search(method, site, query, key, lse), device)
+    searches, later_ms, sample_ms = _searches(method, site), 0.0, 0.0
+    if searches > 1:
+        later_ms = search_ms
+        if lse is not None and not _keeps(method, site, query):
+            later_ms = milliseconds(lambda: _search(method, site, query, key, None), device)
+    if method.shared_density is not None:
+        sample_ms = milliseconds(lambda: method.sample_scores(query, key, site), device)
     reorder_ms = 0.0
     if (order := method.order(site)) is not None:
         heads = None
@@ -134,11 +143,14 @@ def _row(
 
         reorder_ms = milliseconds(there_and_back, query.device)
     run_ms = dense_ms * STEPS
+    choosing_ms = search_ms + later_ms * (searches - 1) + sample_ms * searches
     return {
         "method": name,
         "search_ms": round(search_ms, 3),
+        "later_search_ms": round(later_ms, 3),
+        "sample_ms": round(sample_ms, 3),
         "searches": searches,
-        "share_of_dense": search_ms * searches / run_ms,
+        "share_of_dense": choosing_ms / run_ms,
         "reorder_ms": round(reorder_ms, 3),
         "reorder_share_of_dense": reorder_ms * (STEPS - FIRST) / run_ms,
     }
@@ -154,6 +166,20 @@ def _log_sum_exp(
     backend = select_backend(query.device, query.dtype, HEAD_DIM, size).name
     full = BlockMask.full(size, (site.grid.num_tokens,) * 2, device=query.device)
     return run_backend(backend, *tensors, full, scale=HEAD_DIM**-0.5, want_lse=True).lse
+
+
+def _keeps(method: Method, site: AttentionSite, query: Tensor) -> bool:
+    """Whether the log-sum-exp of the first search is there for the next."""
+    layout = Layout(
+        grid=site.grid,
+        block_size=method.block_size(site.grid),
+        order=method.order(site),
+        batch=1,
+        heads=query.shape[2],
+        device=query.device,
+    )
+    slots = Slots(site.num_layers, method.name, lambda message: None)
+    return method.keeps_lse(site) and slots.has_room_for_lse(layout)
 
 
 def _search(

@@ -90,15 +90,20 @@ def cost_table(cost: dict) -> list[str]:
         "",
         "Reordering is queries, keys and values there and the output back, in every sparse step.",
         "",
-        "| method | one search, ms | searches a run | share of the run's dense attention | reordering a call, ms | share |",
-        "|---|---|---|---|---|---|",
+        "| method | first search, ms | later ones, ms | searches a run | sampling before each, ms | share of the run's dense attention | reordering a call, ms | share |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| `{row['method']}` | {row['search_ms']:.2f} | {row['searches']} | {row['share_of_dense']:.2%} | "
+        f"| `{row['method']}` | {row['search_ms']:.2f} | {_or_dash(row['later_search_ms'])} | {row['searches']} | "
+        f"{_or_dash(row['sample_ms'])} | {row['share_of_dense']:.2%} | "
         f"{row['reorder_ms']:.2f} | {row['reorder_share_of_dense']:.2%} |"
         for row in cost["methods"]
     ]
     return [*lines, ""]
+
+
+def _or_dash(milliseconds: float) -> str:
+    return f"{milliseconds:.2f}" if milliseconds else "-"
 
 
 def mean(arm: dict, metric: str) -> float:

@@ -30,16 +30,19 @@ def test_shares_follow_from_times(result):
     run = result["dense_ms"] * result["steps"]
     for row in result["methods"]:
         assert row["search_ms"] > 0
-        assert row["share_of_dense"] == pytest.approx(
-            row["search_ms"] * row["searches"] / run, rel=0.05, abs=1e-3 / run
-        )
+        later = row["searches"] - 1
+        assert (row["later_search_ms"] > 0) == (later > 0)
+        assert (row["sample_ms"] > 0) == ("model_percentile" in row["method"])
+        choosing = row["search_ms"] + later * row["later_search_ms"]
+        choosing += row["searches"] * row["sample_ms"]
+        assert row["share_of_dense"] == pytest.approx(choosing / run, rel=0.05, abs=1e-3 / run)
         assert row["reorder_share_of_dense"] == pytest.approx(
             row["reorder_ms"] * 40 / run, rel=0.05, abs=1e-2 / run
         )
 
 
 def test_what_reorders_pays_for_it_and_static_blocks_are_looked_up_once_a_stretch(result):
-    rows = {row["method"].split("(")[0]: row for row in result["methods"]}
+    rows = {row["method"].split("(")[0]: row for row in result["methods"][::-1]}
     for name in ("auto", "draft_attention", "paro_attention", "sparse_vdit"):
         assert rows[name]["reorder_ms"] > 0, name
     for name in ("adaspa", "sparse_d", "lite_attention"):

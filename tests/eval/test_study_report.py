@@ -102,8 +102,8 @@ def test_shards_are_merged_by_model_and_size_and_drawn(tmp_path):
         "grid": [21, 45, 80], "heads": 40, "head_dim": 128, "dtype": "torch.bfloat16", "device": "a GPU",
         "date": "2026-11-22", "dense_ms": 200.0, "steps": 50,
         "methods": [
-            {"method": "auto()", "search_ms": 100.0, "searches": 1, "share_of_dense": 0.01,
-             "reorder_ms": 1.5, "reorder_share_of_dense": 0.006}
+            {"method": "auto()", "search_ms": 100.0, "later_search_ms": 0.0, "sample_ms": 12.5, "searches": 1,
+             "share_of_dense": 0.01125, "reorder_ms": 1.5, "reorder_share_of_dense": 0.006}
         ],
     }  # fmt: skip
     (tmp_path / "cost").write_text(json.dumps(cost))
@@ -113,7 +113,7 @@ def test_shards_are_merged_by_model_and_size_and_drawn(tmp_path):
     text = (out / "methods-figures.md").read_text()
     assert text.count("### tiny-wan") == 2
     assert text.count("| sparse_d 0.3 |") == 1
-    assert "| `auto()` | 100.00 | 1 | 1.00% | 1.50 | 0.60% |" in text
+    assert "| `auto()` | 100.00 | - | 1 | 12.50 | 1.12% | 1.50 | 0.60% |" in text
     assert "21x45x80 tokens, 40 heads of 128" in "\n".join(cost_table(cost))
     picture = (out / "methods.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
