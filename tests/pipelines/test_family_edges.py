@@ -6,12 +6,14 @@ from families import chroma, hunyuan_image
 from families.registry import all_families, generator, padded
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import T5Config, T5EncoderModel
 
 import sparsediff
 from sparsediff import Custom, Schedule
 from sparsediff.adapter import ADAPTERS, adapter_for
 from sparsediff.pipelines.packed import runs, volume_beside
 from sparsediff.state import NOT_CAUGHT
+from sparsediff.testing import seeded, word_tokenizer
 
 FAMILIES = {family.name: family for family in all_families()}
 EVERYTHING = Custom(density=1.0, block=32, search="sparse")
@@ -113,6 +115,44 @@ def test_a_mask_of_numbers_weighs_padding_so_it_runs_dense_and_says_how_not_to()
         (reason,) = handle.report().dense_calls
         assert reason.startswith("a mask of numbers")
         family.run(pipe)
+        assert handle.report().dense_calls == {}
+
+
+def test_a_prompt_of_chroma_runs_sparse_with_its_masks_as_booleans():
+    """What the card says to do, and why."""
+    pipe = FAMILIES["chroma"].pipeline()
+    sizes = {
+        "vocab_size": 64,
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+    }
+    with seeded(0):
+        pipe.text_encoder = T5EncoderModel(T5Config(**sizes)).eval()
+    pipe.tokenizer = word_tokenizer()
+    pipe.set_progress_bar_config(disable=True)
+    call = {"height": 256, "width": 256, "num_inference_steps": 2, "output_type": "latent"}
+    words = {
+        "prompt": "a large green square",
+        "negative_prompt": "stars",
+        "max_sequence_length": 16,
+    }
+    names = [
+        f"{prefix}prompt_{part}"
+        for prefix in ("", "negative_")
+        for part in ("embeds", "ids", "attention_mask")
+    ]
+    encoded = dict(zip(names, pipe.encode_prompt(**words), strict=True))
+    given = {name: encoded[name] for name in names if not name.endswith("ids")}
+    assert given["prompt_attention_mask"].is_floating_point(), "else the card says too little"
+    with enabled(pipe) as handle:
+        with pytest.warns(RuntimeWarning, match="mask of numbers"):
+            pipe(**words, **call)
+        assert handle.report().density == 1.0
+        masks = {name: x.bool() for name, x in given.items() if name.endswith("mask")}
+        pipe(**{**given, **masks}, **call)
         assert handle.report().dense_calls == {}
 
 
