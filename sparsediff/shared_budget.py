@@ -52,5 +52,7 @@ class ScoreCounts:
         before = torch.where(whole > 0, held.gather(-1, (whole - 1).clamp(min=0)), 0)
         size = counts.gather(-1, whole.clamp(max=BINS - 1)).clamp(min=1)
         octave = HIGHEST - (whole + (wanted - before) / size) / BINS_AN_OCTAVE
-        octave.masked_fill_(whole == BINS, -torch.inf)  # whoever wants all blocks gets those of score 0 as well
+        octave.masked_fill_(
+            whole == BINS, -torch.inf
+        )  # whoever wants all blocks gets those of score 0 as well
         return octave.float().exp2()[:, 0]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import sparsediff
 from sparsediff import Auto, Custom, Schedule, TokenGrid
-from sparsediff.budget import layer_percentile
+from sparsediff.budget import layer_percentile, row_top_k
 from sparsediff.kernels.block_scores import block_mass
 from sparsediff.methods.base import AttentionSite
 from sparsediff.shared_budget import BINS_AN_OCTAVE, ScoreCounts
@@ -103,6 +103,51 @@ def test_a_bar_is_held_against_the_share_of_each_row(seed, video, text, bar):
     assert not keep[..., whole.stop :].any()
 
 
+@given(st.integers(0, 99), st.integers(130, 400), st.sampled_from([2, 4]), st.booleans())
+def test_a_stride_scores_by_some_of_the_tokens(seed, video, stride, given_lse):
+    grid = TokenGrid.video(1, 1, video)
+    g = torch.Generator().manual_seed(seed)
+    q, k = (2 * torch.randn(1, video, 2, 16, generator=g) for _ in range(2))
+    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) / 4
+    lse = logits.logsumexp(-1) if given_lse else None
+    method = Custom(stride=stride, block=128)
+    blocks = -(-video // 128)
+    scores = method._scores(q, k, site(grid), slice(0, blocks), lse=lse)
+    weights = logits.softmax(-1)[:, :, ::stride]
+    for i in range(blocks):
+        rows = weights[:, :, i * 128 // stride : (i + 1) * 128 // stride]
+        for j in range(blocks):
+            share = rows[..., j * 128 : (j + 1) * 128].sum(-1).mean(-1)
+            torch.testing.assert_close(scores[:, :, i, j], share, rtol=1e-4, atol=1e-6)
+
+
+def test_of_a_small_block_all_tokens_count():
+    grid = TokenGrid.video(5, 8, 8)
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 320, 2, 16, generator=g) for _ in range(2))
+    for block, stride, same in ((32, 4, 1), (64, 4, 2)):
+        kept = [Custom(block=block, stride=s).keep_blocks(q, k, site(grid)) for s in (stride, same)]
+        assert torch.equal(*kept)
+
+
+@given(st.integers(0, 99), st.floats(0.1, 0.9), st.floats(0.1, 1.0))
+def test_a_row_has_its_share_of_a_wider_budget_to_itself(seed, density, row_share):
+    grid = TokenGrid.video(10, 8, 8)
+    g = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(1, 640, 2, 16, generator=g) for _ in range(2))
+    q *= torch.linspace(0, 6, 640)[:, None, None]  # the first rows look everywhere
+    method = Custom(budget="layer_percentile", density=density, row_share=row_share, block=64)
+    keep = method.keep_blocks(q, k, site(grid))
+    mass = block_mass(q, k, (64, 64))
+    own = row_top_k(mass, row_share * density)
+    assert (own <= keep).all()
+    asked = max(int(own.sum()), density * keep.numel())
+    assert asked - 1 < keep.sum() <= asked + 2, "the published percentile keeps one block more"
+    extra = keep & ~own
+    if extra.any() and not keep.all():
+        assert mass[extra].min() >= mass[~keep].max() - 1e-4
+
+
 def test_without_samples_each_layer_has_its_own_budget():
     grid = TokenGrid.video(5, 8, 8)
     g = torch.Generator().manual_seed(0)
@@ -177,6 +222,7 @@ def samples(monkeypatch):
         ({}, 0, [], {0: False}),
         ({"refresh": 2}, 2, [0, 2, 4], {1: True, 3: True, 5: True}),
         ({"refresh": (0.7,)}, 2, [0, 3], {1: True, 4: True}),
+        ({"stride": 2, "row_share": 0.5}, 2, [0], {1: True}),
         ({"refresh": 1}, 2, [0, 1, 2, 3, 4], {1: True, 2: True, 3: True, 4: True, 5: True}),
     ],
     ids=str,

@@ -402,7 +402,7 @@ def text_in_front(real, rows):
 KEEP_ALL = [
     Auto(density=1.0),
     Auto(density=1.0, search="sparse", refresh=1),
-    Auto(density=1.0, budget="model_percentile", refresh=1),
+    Auto(density=1.0, budget="model_percentile", row_share=0.5, stride=2, refresh=1),
     Custom(density=1.0, windows=WINDOWS),
     Custom(density=1.0, windows=WINDOWS, search="dense", producer="pooled"),
     Custom(density=1.0, windows=((4, 4, 4),), budget="head_percentile", search="sparse"),
