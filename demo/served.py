@@ -25,11 +25,14 @@ MEDIA = ("image", "video", "conditions", "controls", "keyframes")
 # These take pictures, and make something of a prompt alone, too.
 MEDIA_OPTIONAL = frozenset(
     {
+        "AnyFlowPipeline",
         "Cosmos2_5_PredictBasePipeline",
         "Flux2KleinKVPipeline",
         "Flux2KleinPipeline",
         "Flux2Pipeline",
         "FluxKontextPipeline",
+        "HeliosPipeline",
+        "HeliosPyramidPipeline",
         "LTX2ConditionPipeline",
         "LTXConditionPipeline",
         "WanVACEPipeline",
