@@ -12,9 +12,10 @@ from sparsediff.pipelines.cards import CARDS
 
 SERVED = {
     "video": {
-        "AllegroPipeline", "CogVideoXPipeline", "Cosmos2_5_PredictBasePipeline", "CosmosTextToWorldPipeline",
-        "EasyAnimatePipeline", "HunyuanVideo15Pipeline", "HunyuanVideoPipeline", "Kandinsky5T2VPipeline",
-        "LTX2ConditionPipeline", "LTX2Pipeline", "LTXConditionPipeline", "LTXPipeline", "MochiPipeline",
+        "AllegroPipeline", "AnyFlowPipeline", "CogVideoXPipeline", "Cosmos2_5_PredictBasePipeline",
+        "CosmosTextToWorldPipeline", "EasyAnimatePipeline", "HeliosPipeline", "HeliosPyramidPipeline",
+        "HunyuanVideo15Pipeline", "HunyuanVideoPipeline", "Kandinsky5T2VPipeline", "LTX2ConditionPipeline",
+        "LTX2Pipeline", "LTXConditionPipeline", "LTXPipeline", "MochiPipeline",
         "MotifVideoPipeline", "SkyReelsV2DiffusionForcingPipeline", "SkyReelsV2Pipeline", "WanPipeline", "WanVACEPipeline",
     },
     "picture": {
