@@ -119,18 +119,22 @@ def arms() -> Iterator[Arm]:
 
 
 def candidates() -> Iterator[Arm]:
-    """What might become the default: `auto` with one other choice each, beside it as it is."""
+    """What might become the default: forms of `auto`, beside it as it is."""
+    twice = {"refresh": (0.6,), "stride": 2}
+    shared = {"budget": "model_percentile", **twice}
     for d in DENSITIES:
         for changes in (
             {},
             {"budget": "model_percentile"},
-            {"budget": "model_percentile", "refresh": (0.6,)},
-            {"budget": "model_percentile", "refresh": 4},
-            {"budget": "model_percentile", "refresh": (0.6,), "windows": ((1, 8, 8),)},
-            {"budget": "model_percentile", "producer": "pooled", "refresh": 1},
-            {"budget": "layer_percentile", "refresh": (0.6,)},
-            {"budget": "head_adaptive", "refresh": (0.6,)},
-            {"refresh": (0.6,)},
+            shared,
+            {**shared, "row_share": 0.25},
+            {**shared, "row_share": 0.5},
+            {**shared, "row_share": 0.25, "stride": 1},
+            {**shared, "row_share": 0.25, "windows": ((1, 8, 8),)},
+            {**shared, "row_share": 0.25, "producer": "pooled", "refresh": 1},
+            {"budget": "layer_percentile", "row_share": 0.25, **twice},
+            {"budget": "head_adaptive", **twice},
+            twice,
         ):
             yield Arm(Auto(density=d, **changes), d, changes)
 
