@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from sparsediff.block_mask import BlockMask, forced_blocks
-from sparsediff.kernels.attention import CPU_BREAK_EVEN, run_backend, select_backend
+from sparsediff.kernels.attention import (
+    CPU_BREAK_EVEN,
+    BackendChoice,
+    run_backend,
+    select_backend,
+)
 from sparsediff.methods import AttentionSite, Method
 from sparsediff.methods.base import uncalibrated
 from sparsediff.recorder import Recorder
@@ -70,10 +75,12 @@ class BlockAttention:
 
     def sample(self, site: AttentionSite, query: Tensor, key: Tensor) -> None:
         """Count what blocks score here, for choices of the next step that all layers share a budget in."""
+        if self._backend(query, site.grid).name == "reference":
+            return  # nothing will be chosen
         (key,) = _for_each_head(query, key)
         with self._recorder.part("mask", query.device):
-            scores = self.method.sample_scores(query, key, site)
-            self._counts.add(site.branch, site.step, scores)
+            scores, rows = self.method.sample_scores(query, key, site)
+            self._counts.add(site, scores, rows=rows)
 
     def run(
         self,
@@ -91,9 +98,7 @@ class BlockAttention:
         method, grid, lengths = self.method, site.grid, (query.shape[1], key.shape[1])
         block_size = method.block_size(grid)
         key, value = _for_each_head(query, key, value)
-        backend = _backend_for(
-            query.device.type, query.dtype, query.shape[-1], block_size, method.backend
-        )
+        backend = self._backend(query, grid)
         if backend.name == "reference":
             return None, f"no fast kernel: {backend.reason}"
         order = method.order(site)
@@ -236,12 +241,21 @@ class BlockAttention:
         slot.lse = lse.half() if keeps_lse else None
         return result.out
 
+    def _backend(self, query: Tensor, grid: TokenGrid) -> BackendChoice:
+        return _backend_for(
+            query.device.type,
+            query.dtype,
+            query.shape[-1],
+            self.method.block_size(grid),
+            self.method.backend,
+        )
+
     def _keep_blocks(
         self, query: Tensor, key: Tensor, site: AttentionSite, lse: Tensor | None
     ) -> Tensor:
         density = self.method.shared_density
         if density is not None:
-            site = replace(site, score_bar=self._counts.bar(site.branch, site.step, density))
+            site = replace(site, score_bar=self._counts.bar(site, len(query), density))
         return self.method.keep_blocks(query, key, site, lse=lse)
 
     @staticmethod

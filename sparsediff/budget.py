@@ -23,6 +23,8 @@ def row_top_k(scores: Tensor, density: float | Tensor) -> Tensor:
     """
     n = scores.shape[-1]
     keep = torch.zeros_like(scores, dtype=torch.bool)
+    if keep.numel() == 0:
+        return keep  # a grid smaller than a block
     if not isinstance(density, Tensor):
         _check_fraction("density", density)
         return keep.scatter_(-1, scores.topk(_round_up(density * n), dim=-1).indices, True)

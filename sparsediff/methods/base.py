@@ -108,8 +108,8 @@ class Method(ABC):
         """
         return None
 
-    def sample_scores(self, query: Tensor, key: Tensor, site: AttentionSite) -> Tensor:
-        """For a `shared_density`: what some of the blocks of this call score, `float32 [B, n]`.
+    def sample_scores(self, query: Tensor, key: Tensor, site: AttentionSite) -> tuple[Tensor, int]:
+        """For a `shared_density`: what some rows of blocks of this call score, `float32 [B, n]`, and how many each stands for.
 
         `query`, `key` are in the model's own order.
         """

@@ -52,11 +52,12 @@ class Custom(SquareBlockMethod):
             pooled queries and keys (`"pooled"`: DraftAttention).
         budget: `"row_top_k"` (AdaSpa, SparseD), `"row_top_p"`, `"head_adaptive"` (AdaSpa), or the best blocks wherever
             they lie: in a head (`"head_percentile"`, DraftAttention), in all heads of a layer (`"layer_percentile"`) or
-            in all layers (`"model_percentile"`).  The last samples scores one step before blocks are chosen; where it
-            cannot (the first step of a run chooses), each layer has its own budget.
-        row_share: of a budget of several rows (`..._percentile`), the share that every row of blocks has to itself.
-        stride: score by every so many-th query token (1, 2 or 4), at least 32 of a block: 2 halves the time that choosing
-            takes.
+            in all layers (`"model_percentile"`).  The last samples scores one step before blocks are chosen; where
+            there are none (the first step of a run chooses, or the first of a second expert; the batch or the size
+            has changed since), each layer has its own budget.
+        row_share: of a budget that rows share (`..._percentile`), the share that every row of blocks has to itself.
+        stride: score mass by every so many-th query token (1, 2 or 4), at least 32 of a block: 2 halves the time that
+            choosing takes.
         windows: which tokens share a block: `()` keeps the sequence, one window serves all heads, of several each head
             takes the one under which it keeps the most mass.  A window is `(frames, height, width)` or an order of
             the axes such as `"HWF"`.
@@ -94,6 +95,12 @@ class Custom(SquareBlockMethod):
             self._require(name, str, lambda x, k=kinds: x in k, f"one of {', '.join(kinds)}")
         self._require("row_share", float, lambda x: 0 <= x <= 1, "a share in [0, 1]")
         self._require("stride", int, lambda x: x in STRIDES, "1, 2 or 4")
+        if self.row_share > 0 and not self._shares_rows:
+            raise ValueError(
+                f"row_share is of a budget that rows share (..._percentile), got budget={self.budget!r}"
+            )
+        if self.stride > 1 and self.producer != "mass":
+            raise ValueError(f"stride is of producer='mass', got producer={self.producer!r}")
         self._require_block()
         self._require_windows()
         if isinstance(self.refresh, tuple):
@@ -151,11 +158,15 @@ class Custom(SquareBlockMethod):
         return torch.stack(shares).argmax(0).to(torch.int32)
 
     @property
+    def _shares_rows(self) -> bool:
+        return self.budget.endswith("_percentile")
+
+    @property
     def shared_density(self) -> float | None:
         """`density`, if the budget is the model's."""
         return self.density if self.budget == "model_percentile" else None
 
-    def sample_scores(self, query: Tensor, key: Tensor, site: AttentionSite) -> Tensor:
+    def sample_scores(self, query: Tensor, key: Tensor, site: AttentionSite) -> tuple[Tensor, int]:
         """The scores of a few rows of blocks of every head, under the windows that these heads take."""
         order, (block, _) = self.order(site), self.block_size(site.grid)
         if order is not None:
@@ -165,10 +176,10 @@ class Custom(SquareBlockMethod):
         video = site.grid.whole_blocks(block, reordered=order is not None)
         whole = min(video.stop, query.shape[1] // block)
         if whole <= video.start:
-            return query.new_zeros(len(query), 0, dtype=torch.float32)
-        sample = _rows_of(query, _spread(video.start, whole, COUNTED_BLOCKS), block)
-        scores = self._scores(sample, key, site, video)
-        return self._with_own(scores).flatten(1)
+            return query.new_zeros(len(query), 0, dtype=torch.float32), 1
+        sample = _spread(video.start, whole, COUNTED_BLOCKS)
+        scores = self._scores(_rows_of(query, sample, block), key, site, video)
+        return self._with_own(scores).flatten(1), sample.step
 
     def refreshes(self, site: AttentionSite, last_refresh: int | None) -> bool:
         """The first time, and as `refresh` says."""
@@ -239,7 +250,7 @@ class Custom(SquareBlockMethod):
 
     def _with_own(self, scores: Tensor) -> Tensor:
         """The scores, those infinite that their row keeps whatever others score."""
-        if self.row_share == 0 or not self.budget.endswith("percentile"):
+        if self.row_share == 0:
             return scores
         own = row_top_k(scores, self.row_share * self.density)
         return scores.masked_fill(own, torch.inf)

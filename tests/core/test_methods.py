@@ -211,6 +211,40 @@ def test_masks_of_wan_14b_at_720p_stay_under_their_target(name):
     assert published * 40 * 2 > 3.9 * masks * 40 * 2
 
 
+@pytest.mark.parametrize("text_first", [False, True])
+@pytest.mark.parametrize("video", [(1, 1, 1), (1, 5, 6), (2, 8, 8)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        Auto(),
+        *(Custom(budget=x) for x in ("row_top_k", "row_top_p", "head_adaptive", "head_percentile")),
+        Custom(budget="layer_percentile", row_share=0.5),
+        Custom(budget="model_percentile"),
+        AdaSpa(),
+        AdaSpa(head_adaptive=False),
+        SparseD(),
+        DraftAttention(),
+    ],
+    ids=str,
+)
+def test_a_video_smaller_than_a_block_leaves_nothing_to_choose(method, video, text_first):
+    """Beside long text there is one: all blocks touch the text, and the caller keeps them."""
+    grid = TokenGrid.video(*video, text=300, text_first=text_first)
+    q, k = queries(grid.num_tokens)
+    here, order = site(grid), method.order(site(grid))
+    if order is not None:
+        chosen = order.chosen_at_run_time
+        heads = method.choose_windows(q, k, here, None) if chosen else None
+        q, k = order.apply(grid, q, k, heads=heads)
+    keep = method.keep_blocks(q, k, here)
+    whole = grid.whole_blocks(method.block_size(grid)[0], reordered=order is not None)
+    if isinstance(method, AdaSpa | Custom):
+        assert keep.sum() == keep[..., whole, whole].sum()
+    if method.shared_density is not None:
+        scores, _ = method.sample_scores(q, k, here)
+        assert len(scores) == len(q)
+
+
 def test_adaspa_keeps_its_log_sum_exp_while_a_search_is_to_come():
     method = AdaSpa(search=(0.2, 0.5, 0.9))
     for steps, last in ((10, 8), (4, 1), (1, -1), (None, -1)):
@@ -272,6 +306,10 @@ def test_every_method_describes_itself(name):
         (lambda: Auto(density="abc"), "density must be a share"),
         (lambda: Auto(density=True), "density must be a share"),
         (lambda: Auto(refresh=2.5), "refresh must be None, a number of steps"),
+        (lambda: Custom(row_share=1.5), r"row_share must be a share in \[0, 1\]"),
+        (lambda: Custom(row_share=0.5), "row_share is of a budget that rows share"),
+        (lambda: Custom(stride=3), "stride must be 1, 2 or 4"),
+        (lambda: Auto(producer="pooled", stride=2), "stride is of producer='mass'"),
         (lambda: build_method("lite"), "did you mean 'lite_attention'"),
         (lambda: build_method("draft_attention", sparsty=0.5), "did you mean 'sparsity'"),
         (lambda: row_top_k(torch.zeros(1, 1, 2, 2), 0.0), r"density must be in \(0, 1\]"),

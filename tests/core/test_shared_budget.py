@@ -13,8 +13,16 @@ from sparsediff.methods.base import AttentionSite
 from sparsediff.shared_budget import BINS_AN_OCTAVE, ScoreCounts
 from sparsediff.testing import random_wan_pipeline
 
-LAYERS, BRANCHES = 2, 2
+LAYERS = 2
+GRID = TokenGrid.video(1, 1, 300)
 SMALL = {"height": 128, "width": 128, "num_frames": 17, "max_sequence_length": 16}
+
+
+def site(grid=GRID, **changes):
+    values = {
+        "layer": 0, "num_layers": 2, "step": 0, "num_steps": 10, "sigma": 1.0, "branch": "cond", "grid": grid,
+    }  # fmt: skip
+    return AttentionSite(**{**values, **changes})
 
 
 # -- counting -------------------------------------------------------------------------------------------------------
@@ -31,8 +39,8 @@ def draw(seed, layers, batch=2, blocks=300):
 def test_the_bar_is_the_quantile_over_all_layers_of_each_sample(seed, layers, density):
     counts, scores = ScoreCounts(), draw(seed, layers)
     for layer in scores:
-        counts.add("cond", 3, layer)
-    bar = counts.bar("cond", 4, density)
+        counts.add(site(step=3), layer)
+    bar = counts.bar(site(step=4), 2, density)
     assert bar.shape == (2,)
     for sample, least in enumerate(bar):
         every = scores[:, sample].flatten()
@@ -44,44 +52,69 @@ def test_the_bar_is_the_quantile_over_all_layers_of_each_sample(seed, layers, de
 def test_what_reaches_the_bar_is_the_share_asked_for(seed, density):
     counts, scores = ScoreCounts(), draw(seed, 4, blocks=2000)
     for layer in scores:
-        counts.add("cond", 0, layer)
-    bar = counts.bar("cond", 1, density)
+        counts.add(site(), layer)
+    bar = counts.bar(site(step=1), 2, density)
     kept = (scores >= bar[:, None]).float().mean((0, 2))
     assert (kept - density).abs().max() < 0.01
 
 
 def test_whoever_wants_everything_gets_it():
-    counts = ScoreCounts()
-    counts.add("cond", 0, torch.tensor([[0.0, 1e-30, 0.5, 1.0]]))
-    assert (torch.tensor([0.0, 1e-30, 0.5, 1.0]) >= counts.bar("cond", 1, 1.0)).all()
+    counts, scores = ScoreCounts(), torch.tensor([[0.0, 1e-30, 0.5, 1.0]])
+    counts.add(site(), scores)
+    assert (scores >= counts.bar(site(step=1), 1, 1.0)).all()
 
 
 def test_the_latest_step_before_counts_and_branches_are_apart():
     counts = ScoreCounts()
     low, high = torch.full((1, 8), 2.0**-9), torch.full((1, 8), 2.0**-3)
-    assert counts.bar("cond", 5, 0.5) is None
-    counts.add("cond", 1, low)
-    counts.add("uncond", 1, high)
-    assert counts.bar("cond", 1, 0.5) is None, (
-        "of this very step, whose later layers nobody has seen"
-    )
-    assert counts.bar("cond", 2, 0.5) < 2**-8 < counts.bar("uncond", 2, 0.5)
-    counts.add("cond", 2, high)
-    assert counts.bar("cond", 2, 0.5) < 2**-8 < counts.bar("cond", 3, 0.5)
-    counts.add("cond", 3, low)
-    assert counts.bar("cond", 2, 0.5) is None, "only the last two steps are kept"
+
+    def bar(step, branch="cond"):
+        return counts.bar(site(step=step, branch=branch), 1, 0.5)
+
+    assert bar(5) is None
+    counts.add(site(step=1), low)
+    counts.add(site(step=1, branch="uncond"), high)
+    assert bar(1) is None, "of this very step, whose later layers nobody has seen"
+    assert bar(2) < 2**-8 < bar(2, "uncond")
+    counts.add(site(step=2), high)
+    assert bar(2) < 2**-8 < bar(3)
+    counts.add(site(step=3), low)
+    assert bar(2) is None, "only the last two steps are kept"
     counts.clear()
-    assert counts.bar("cond", 9, 0.5) is None
+    assert bar(9) is None
+
+
+def test_other_tokens_and_another_batch_have_no_bar():
+    counts, other = ScoreCounts(), TokenGrid.video(2, 10, 10)
+    counts.add(site(name="a"), torch.full((2, 8), 0.5))
+    counts.add(site(other, name="b"), torch.full((2, 8), 0.5))
+    for name, grid, batch, known in (
+        ("a", GRID, 2, True),
+        ("b", other, 2, True),
+        ("a", GRID, 1, False),
+        ("a", other, 2, False),
+        ("never sampled", other, 2, True),
+    ):
+        bar = counts.bar(site(grid, name=name, step=1), batch, 0.5)
+        assert (bar is not None) == known, name
+
+
+def test_what_stands_for_more_rows_weighs_more():
+    counts = ScoreCounts()
+    counts.add(site(), torch.full((1, 100), 2.0**-3), rows=3)
+    counts.add(site(), torch.full((1, 100), 2.0**-9))
+    assert counts.bar(site(step=1), 1, 0.74) > 2**-4
+    assert counts.bar(site(step=1), 1, 0.76) < 2**-8
+
+
+def test_scores_that_are_no_numbers_are_counted_as_the_lowest():
+    """A run in too low a precision must go on to its own bad end, not die in an index."""
+    counts = ScoreCounts()
+    counts.add(site(), torch.tensor([[torch.nan, 0.5, 0.5, 0.5]]))
+    assert 2**-2 < counts.bar(site(step=1), 1, 0.7) <= 0.5 * 2 ** (1 / BINS_AN_OCTAVE)
 
 
 # -- choosing -------------------------------------------------------------------------------------------------------
-
-
-def site(grid, **changes):
-    values = {
-        "layer": 0, "num_layers": 2, "step": 0, "num_steps": 10, "sigma": 1.0, "branch": "cond", "grid": grid,
-    }  # fmt: skip
-    return AttentionSite(**{**values, **changes})
 
 
 @given(st.integers(0, 99), st.integers(40, 333), st.integers(0, 40), st.floats(0.001, 0.3))
@@ -163,7 +196,7 @@ def test_samples_are_rows_of_what_is_chosen_from(producer, windows):
     g = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, grid.num_tokens, 2, 16, generator=g) for _ in range(2))
     method = Custom(budget="model_percentile", producer=producer, windows=windows)
-    sampled = method.sample_scores(q, k, site(grid))
+    sampled, rows = method.sample_scores(q, k, site(grid))
     order = method.order(site(grid))
     if order is not None:
         chosen = order.chosen_at_run_time
@@ -171,6 +204,7 @@ def test_samples_are_rows_of_what_is_chosen_from(producer, windows):
         q, k = order.apply(grid, q, k, heads=heads)
     every = method._scores(q, k, site(grid), slice(0, 5))[..., :5, :].flatten(1)
     # Of five rows of blocks all are sampled.
+    assert rows == 1
     torch.testing.assert_close(sampled, every)
 
 

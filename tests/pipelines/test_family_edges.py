@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import T5Config, T5EncoderModel
 
 import sparsediff
-from sparsediff import Custom, Schedule
+from sparsediff import Auto, Custom, Schedule
 from sparsediff.adapter import ADAPTERS, adapter_for
 from sparsediff.pipelines.packed import runs, volume_beside
 from sparsediff.state import NOT_CAUGHT
@@ -178,6 +178,35 @@ def test_padding_is_hidden_wherever_the_tokenizer_puts_it(name, module, monkeypa
         out = family.run(pipe)
         assert handle.report().dense_calls == {}
     assert torch.allclose(out, stock, rtol=0, atol=5e-5 * stock.abs().max().item())
+
+
+# -- what changes in mid-run --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refresh", [None, 1])
+def test_guidance_may_end_where_blocks_of_all_layers_are_chosen(refresh):
+    """Scores were sampled of two branches in one batch, and one of them is left."""
+    family, names = FAMILIES["sd3"], ["prompt_embeds", "pooled_prompt_embeds"]
+    pipe = family.pipeline()
+
+    def end_guidance(pipe, step, t, tensors):
+        if step == 2:
+            pipe._guidance_scale = 1.0
+            tensors |= {name: tensors[name].chunk(2)[-1] for name in names}
+        return tensors
+
+    method = Auto(budget="model_percentile", block=32, refresh=refresh)
+    with sparsediff.enable(pipe, method, schedule=Schedule(dense_steps=2)) as handle:
+        out = family.run(
+            pipe,
+            steps=5,
+            guidance="batched",
+            callback_on_step_end=end_guidance,
+            callback_on_step_end_tensor_inputs=["latents", *names],
+        )
+        steps = handle.report().steps
+    assert out.isfinite().all()
+    assert [step.dense_share for step in steps] == [1, 1, 0, 0, 0]
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------
