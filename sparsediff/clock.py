@@ -36,8 +36,8 @@ class Clock:
     """Follows the runs of one pipeline, and otherwise the timesteps of whoever calls the transformer.
 
     A run is open while the pipeline's progress bar is.  Calls outside one (a denoising loop of one's own, another
-    pipeline that shares the transformer) are ordered by their timestep argument: a lower one is a step, a higher one or
-    a named guidance branch that comes again is a new generation.  Two generations of one step each, at the same
+    pipeline that shares the transformer) are ordered by their timestep argument: a lower one is a step (or the same, where
+    the pipeline's scheduler has stepped), a higher one or a named guidance branch that comes again is a new generation.  Two generations of one step each, at the same
     timestep and without a named branch, cannot be told apart: `begin_generation` separates them.
     """
 
@@ -54,6 +54,7 @@ class Clock:
         self._current: object = None  # the pipeline's current timestep, by identity
         self._ended = True  # whether the next call outside a run starts a generation
         self._last_value: float | None = None
+        self._last_index = 0  # of the scheduler, at the call before
         self._promised: int | None = None
         self._visited: set[tuple[object, str]] = set()  # named calls of this step, outside a run
         self.tick = Tick(-1, 0, None, None)
@@ -148,16 +149,19 @@ class Clock:
             # A scheduler of such a model knows; without one timesteps were taken for falling ones.
             sigma = sigma if scheduler is not None else 1.0 - sigma
         last = self._last_value
-        again = value == last and (who, branch) in self._visited
+        # In half precision neighbouring steps may have the same timestep: a scheduler that has stepped says so.
+        index = getattr(scheduler, "step_index", None) or 0
+        stepped = value == last and index > self._last_index
+        again = value == last and (who, branch) in self._visited and not stepped
         if self._ended or again or (None not in (value, last) and value > last):
             self.begin_generation()
             last = None
-        moved = None not in (value, last) and value < last
+        moved = None not in (value, last) and (value < last or stepped)
         if moved:
             self._visited.clear()
         if branch is not None:
             self._visited.add((who, branch))
-        self._last_value = value
+        self._last_value, self._last_index = value, index
         return Tick(self.tick.generation, self.tick.step + moved, self._promised, sigma)
 
 

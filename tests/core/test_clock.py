@@ -129,6 +129,21 @@ def test_a_bare_transformer_is_followed_by_its_timesteps():
     assert clock.read(torch.tensor([900.0])).num_steps is None, "the promise was for one generation"
 
 
+@pytest.mark.parametrize("names", [(None, None), ("cond", "uncond")])
+def test_steps_at_one_timestep_are_told_apart_by_the_scheduler(names):
+    """Flux.3's 50 steps, whose levels a modular pipeline rounds to bfloat16."""
+    pipe = Pipe(diffusers.FlowMatchEulerDiscreteScheduler(shift=6.93))
+    clock, x = Clock(pipe), torch.zeros(1, 4)
+    for generation in range(2):
+        pipe.scheduler.set_timesteps(50)
+        levels = (pipe.scheduler.timesteps / 1000).bfloat16()
+        assert len(set(levels.tolist())) < 50
+        for step, (t, level) in enumerate(zip(pipe.scheduler.timesteps, levels, strict=True)):
+            ticks = [clock.read(level * 1000, branch=name) for name in names]
+            assert [(tick.generation, tick.step) for tick in ticks] == [(generation, step)] * 2
+            x = pipe.scheduler.step(x, t, x, return_dict=False)[0]
+
+
 def test_calls_after_a_run_are_not_taken_for_its_next_step():
     pipe = Pipe(SCHEDULERS["flow euler"]())
     clock = Clock(pipe)
