@@ -53,11 +53,11 @@ class Custom(SquareBlockMethod):
         budget: `"row_top_k"` (AdaSpa, SparseD), `"row_top_p"`, `"head_adaptive"` (AdaSpa), or the best blocks wherever
             they lie: in a head (`"head_percentile"`, DraftAttention), in all heads of a layer (`"layer_percentile"`) or
             in all layers (`"model_percentile"`).  The last samples scores one step before blocks are chosen; where
-            there are none (the first step of a run chooses, or the first of a second expert; the batch or the size
-            has changed since), each layer has its own budget.
+            there are none (the first step of a run or of a second expert chooses, a modular pipeline does not tell
+            its steps, batch or size have changed since), each layer has its own budget.
         row_share: of a budget that rows share (`..._percentile`), the share that every row of blocks has to itself.
-        stride: score mass by every so many-th query token (1, 2 or 4), at least 32 of a block: 2 halves the time that
-            choosing takes.
+        stride: find mass by every so many-th query token (1, 2 or 4), at least 32 of a block: 2 halves the time that
+            choosing takes.  With pooled scores only windows are chosen by mass.
         windows: which tokens share a block: `()` keeps the sequence, one window serves all heads, of several each head
             takes the one under which it keeps the most mass.  A window is `(frames, height, width)` or an order of
             the axes such as `"HWF"`.
@@ -99,8 +99,6 @@ class Custom(SquareBlockMethod):
             raise ValueError(
                 f"row_share is of a budget that rows share (..._percentile), got budget={self.budget!r}"
             )
-        if self.stride > 1 and self.producer != "mass":
-            raise ValueError(f"stride is of producer='mass', got producer={self.producer!r}")
         self._require_block()
         self._require_windows()
         if isinstance(self.refresh, tuple):
