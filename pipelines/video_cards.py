@@ -220,7 +220,7 @@ VIDEO = (
         guidance=SEQUENTIAL,
         checked=("helios",),
         note="Each chunk, and each resolution of the pyramid, is a run of its own, whose steps and noise levels count anew, and a "
-        "short sequence: 9 latent frames at 384x640 are 8,640 tokens.",
+        "short sequence: 9 latent frames at 384x640 are 8,640 tokens. A report tells of the last.",
     ),
     ModelCard(
         family="Motif-Video",

@@ -8,7 +8,8 @@ For each guidance branch and layer (the batch and the heads are dimensions of th
     else:                                mask = mask
     out = undo(block_sparse_attention(order(q, k, v), mask))
 
-State is dropped at the start of every generation, so two runs give what two processes would.
+Where all layers share a budget, the call before one that refreshes samples scores, dense or sparse as it is.  State is
+dropped at the start of every generation, so two runs give what two processes would.
 """
 
 from __future__ import annotations
