@@ -55,7 +55,8 @@ class Custom(SquareBlockMethod):
             in all layers (`"model_percentile"`).  The last samples scores one step before blocks are chosen; where
             there are none (the first step of a run or of a second expert chooses, a modular pipeline does not tell
             its steps, batch or size have changed since), each layer has its own budget.
-        row_share: of a budget that rows share (`..._percentile`), the share that every row of blocks has to itself.
+        row_share: of a budget that rows share (`..._percentile`), the share that every row of blocks has to itself; with the
+            others a row has all of its budget to itself anyway.
         stride: find mass by every so many-th query token (1, 2 or 4), at least 32 of a block: 2 halves the time that
             choosing takes.  With pooled scores only windows are chosen by mass.
         windows: which tokens share a block: `()` keeps the sequence, one window serves all heads, of several each head
@@ -95,10 +96,6 @@ class Custom(SquareBlockMethod):
             self._require(name, str, lambda x, k=kinds: x in k, f"one of {', '.join(kinds)}")
         self._require("row_share", float, lambda x: 0 <= x <= 1, "a share in [0, 1]")
         self._require("stride", int, lambda x: x in STRIDES, "1, 2 or 4")
-        if self.row_share > 0 and not self._shares_rows:
-            raise ValueError(
-                f"row_share is of a budget that rows share (..._percentile), got budget={self.budget!r}"
-            )
         self._require_block()
         self._require_windows()
         if isinstance(self.refresh, tuple):
@@ -154,10 +151,6 @@ class Custom(SquareBlockMethod):
             shares.append(recall(mass, row_top_k(mass, min(self.density, 0.5))))
         # Each clip for itself: what a prompt gives must not depend on what it is generated beside.
         return torch.stack(shares).argmax(0).to(torch.int32)
-
-    @property
-    def _shares_rows(self) -> bool:
-        return self.budget.endswith("_percentile")
 
     @property
     def shared_density(self) -> float | None:

@@ -307,7 +307,6 @@ def test_every_method_describes_itself(name):
         (lambda: Auto(density=True), "density must be a share"),
         (lambda: Auto(refresh=2.5), "refresh must be None, a number of steps"),
         (lambda: Custom(row_share=1.5), r"row_share must be a share in \[0, 1\]"),
-        (lambda: Custom(row_share=0.5), "row_share is of a budget that rows share"),
         (lambda: Custom(stride=3), "stride must be 1, 2 or 4"),
         (lambda: build_method("lite"), "did you mean 'lite_attention'"),
         (lambda: build_method("draft_attention", sparsty=0.5), "did you mean 'sparsity'"),

@@ -48,6 +48,8 @@ def test_kinds_follow_the_types():
         "density": "slider",
         "producer": "choice",
         "budget": "choice",
+        "row_share": "slider",
+        "stride": "choice",
         "windows": "text",
         "block": "choice",
         "refresh": "text",
