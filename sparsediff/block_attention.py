@@ -263,7 +263,12 @@ class BlockAttention:
         return out if order is None else order.undo(grid, out, heads=slot.heads)[0]
 
     def _record(
-        self, index: int, site: AttentionSite, query: Tensor, density: Tensor, backend
+        self,
+        index: int,
+        site: AttentionSite,
+        query: Tensor,
+        density: Tensor,
+        backend: BackendChoice,
     ) -> None:
         recorder = self._recorder
         recorder.sparse(self._layers[index], site.step, density)
@@ -284,7 +289,7 @@ class BlockAttention:
 @functools.lru_cache(maxsize=64)
 def _backend_for(
     device: str, dtype: torch.dtype, head_dim: int, block_size: tuple[int, int], name: str
-):
+) -> BackendChoice:
     return select_backend(torch.device(device), dtype, head_dim, block_size, name)
 
 
