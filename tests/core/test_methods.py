@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,13 @@ from sparsediff import (
     SparseD,
     TokenGrid,
 )
-from sparsediff.budget import above_bar, head_percentile, layer_percentile, row_top_k
+from sparsediff.budget import (
+    _kth_by_bisection,
+    above_bar,
+    head_percentile,
+    layer_percentile,
+    row_top_k,
+)
 from sparsediff.methods import METHODS, build_method
 from sparsediff.slot import STATE_TARGET_BYTES, Layout, Slots, slot_bytes
 
@@ -87,6 +94,25 @@ def test_layer_percentile_ranks_the_blocks_of_all_heads_together(s, density, min
     assert torch.equal(keep, torch.stack(alone))
     expected = head_percentile(s.flatten(1, 2)[:, None], density, row_minimum=minimum)
     assert torch.equal(keep[:1].flatten(1, 2)[:, None], expected)
+
+
+@given(
+    st.lists(st.lists(st.floats(width=32, allow_nan=False), min_size=6, max_size=6), min_size=1),
+    st.integers(1, 6),
+)
+def test_numbers_too_many_to_sort_are_counted(lines, k):
+    lines = torch.tensor(lines, dtype=torch.float32)
+    assert torch.equal(_kth_by_bisection(lines, k), lines.sort(-1).values[:, k - 1])
+
+
+@given(scores, fractions)
+def test_percentiles_are_the_same_whatever_is_sorted_at_once(s, density):
+    s = torch.cat([s, s.flip(-1) / 3])
+    whole = head_percentile(s, density), layer_percentile(s, density)
+    for most in (1, s.shape[-1] * s.shape[-2], 2 * s[0].numel()):
+        with mock.patch("sparsediff.budget.MAX_SORTED", most):
+            assert torch.equal(head_percentile(s, density), whole[0])
+            assert torch.equal(layer_percentile(s, density), whole[1])
 
 
 @given(scores, st.floats(-3, 3), st.integers(1, 3))
