@@ -6,6 +6,7 @@ the steps between two looks; the six papers are six points of this space, and th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -35,6 +36,14 @@ Budget = Literal[
     "layer_percentile",
     "model_percentile",
 ]
+SPEND: dict[Budget, Callable[[Tensor, float], Tensor]] = {
+    "row_top_k": row_top_k,
+    "row_top_p": row_top_p,
+    "head_adaptive": head_adaptive_top_k,
+    "head_percentile": head_percentile,
+    "layer_percentile": layer_percentile,
+    "model_percentile": layer_percentile,  # where nobody has sampled
+}
 SAMPLED_BLOCKS = 32  # query blocks of each head that a window is judged by
 STRIDES = (1, 2, 4)
 LEAST_ROWS = 32  # of a block that are looked at
@@ -240,8 +249,8 @@ class Custom(SquareBlockMethod):
         return min(self.stride, block // LEAST_ROWS)
 
     def _with_own(self, scores: Tensor) -> Tensor:
-        """The scores, those infinite that their row keeps whatever others score."""
-        if self.row_share == 0:
+        """The scores, of a budget that rows share those infinite that their row keeps whatever others score."""
+        if self.row_share == 0 or not self.budget.endswith("_percentile"):
             return scores
         own = row_top_k(scores, self.row_share * self.density)
         return scores.masked_fill(own, torch.inf)
@@ -250,14 +259,7 @@ class Custom(SquareBlockMethod):
         scores = self._with_own(scores)
         if self.budget == "model_percentile" and bar is not None:
             return above_bar(scores, bar[:, None])
-        spend = {
-            "row_top_p": row_top_p,
-            "head_adaptive": head_adaptive_top_k,
-            "head_percentile": head_percentile,
-            "layer_percentile": layer_percentile,
-            "model_percentile": layer_percentile,
-        }.get(self.budget, row_top_k)
-        return spend(scores, self.density)
+        return SPEND[self.budget](scores, self.density)
 
     def default_schedule(self) -> Schedule:
         """Dense above noise level 0.95, and 15 % of the steps at least.
