@@ -266,8 +266,7 @@ class RunState:
                         return packing.unpack(out)
                     reason, warn = why, True
         self._record_dense(index, reason, warn=warn)
-        grid = self._grid(index, query) if self._forward and self._forward.grid else None
-        self._show(index, query, key, scale, grid, dense_reason=reason)
+        self._show(index, query, key, scale, dense_reason=reason)
         return dense()
 
     def _observe(
@@ -311,7 +310,8 @@ class RunState:
             return
         forward = self._forward
         tick = forward.tick if forward else None
-        grid = grid or (forward.grid if forward else None)
+        if grid is None and forward and forward.grid:
+            grid = self._grid(index, query)
         self.witness(
             WitnessedCall(
                 generation=tick.generation if tick else None,
