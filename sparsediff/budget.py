@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 MAX_SORTED = 1 << 23  # scores sorted at once
+INFINITE_BITS = 0x7F800000  # of float32
 ROUNDING = 1e-4  # a budget is rounded up, but not for the last digit of a product such as 0.3 * 10
 
 
@@ -138,8 +139,8 @@ def _kth_by_bisection(lines: Tensor, k: int) -> Tensor:
 
     Floats in their order are whole numbers in theirs, so 32 halvings end at the number itself.
     """
-    low = lines.new_full((len(lines),), _rank_of(-torch.inf), dtype=torch.int64)
-    high = torch.full_like(low, _rank_of(torch.inf))
+    low = lines.new_full((len(lines),), -INFINITE_BITS, dtype=torch.int64)
+    high = -low
     for _ in range(32):
         middle = (low + high + 1) // 2
         below = (lines < _float_of(middle)[:, None]).sum(-1)
@@ -147,12 +148,8 @@ def _kth_by_bisection(lines: Tensor, k: int) -> Tensor:
     return _float_of(low)
 
 
-def _rank_of(x: float) -> int:
-    bits = int(torch.tensor(x, dtype=torch.float32).view(torch.int32))
-    return bits if bits >= 0 else -(bits & 0x7FFFFFFF)
-
-
 def _float_of(rank: Tensor) -> Tensor:
+    """The float whose size has the bits of the rank's, and its sign."""
     size = rank.abs().to(torch.int32).view(torch.float32)
     return torch.where(rank < 0, -size, size)
 
