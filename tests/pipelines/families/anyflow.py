@@ -1,6 +1,6 @@
 """AnyFlow: Wan with a second timestep, frames before channels; frames that are given keep a timestep of zero."""
 
-from families.registry import Family, embeddings, generator
+from families.registry import Family, clip, embeddings
 
 from sparsediff.testing import make_local, seeded
 
@@ -23,17 +23,10 @@ def build():
 
 
 def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0, **options):
-    height, width, frames = size
     return pipe(
         prompt_embeds=embeddings(1, 8, 16),
         negative_prompt_embeds=embeddings(1, 8, 16, seed=1),
-        height=height,
-        width=width,
-        num_frames=frames,
-        num_inference_steps=steps,
-        guidance_scale=1.0 if guidance == "off" else 3.0,
-        output_type="latent",
-        generator=generator(seed),
+        **clip(size, guidance=guidance, steps=steps, seed=seed),
         **options,
     ).frames
 

@@ -1,6 +1,6 @@
 """ChronoEdit: Wan with a rotary embedding of its own; an edit is a short video."""
 
-from families.registry import Family, embeddings, generator
+from families.registry import Family, clip, embeddings
 from PIL import Image
 
 from sparsediff.testing import clip_vision, make_local, seeded, wan_autoencoder
@@ -29,18 +29,12 @@ def build():
 
 
 def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0, **options):
-    height, width, frames = size
+    height, width, _ = size
     return pipe(
         image=Image.linear_gradient("L").resize((width, height)).convert("RGB"),
         prompt_embeds=embeddings(1, 8, 16),
         negative_prompt_embeds=embeddings(1, 8, 16, seed=1),
-        height=height,
-        width=width,
-        num_frames=frames,
-        num_inference_steps=steps,
-        guidance_scale=1.0 if guidance == "off" else 3.0,
-        output_type="latent",
-        generator=generator(seed),
+        **clip(size, guidance=guidance, steps=steps, seed=seed),
         **options,
     ).frames
 

@@ -1,6 +1,6 @@
 """Cosmos 1.0 under its own scheduler, and Predict 2.5, whose conditioning frames are at another noise level."""
 
-from families.registry import Family, embeddings, generator
+from families.registry import Family, clip, embeddings
 
 from sparsediff.testing import make_local, seeded, wan_autoencoder
 
@@ -70,17 +70,10 @@ def build_predict():
 
 
 def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0):
-    height, width, frames = size
     return pipe(
         prompt_embeds=embeddings(1, 6, 16),
         negative_prompt_embeds=embeddings(1, 6, 16, seed=1),
-        height=height,
-        width=width,
-        num_frames=frames,
-        num_inference_steps=steps,
-        guidance_scale=1.0 if guidance == "off" else 3.0,
-        output_type="latent",
-        generator=generator(seed),
+        **clip(size, guidance=guidance, steps=steps, seed=seed),
     ).frames
 
 

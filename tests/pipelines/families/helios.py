@@ -3,7 +3,7 @@
 import warnings
 from functools import partial
 
-from families.registry import Family, embeddings, generator
+from families.registry import Family, clip, embeddings
 
 from sparsediff.testing import make_local, seeded
 
@@ -38,21 +38,14 @@ def build(pipeline="HeliosPipeline", *, scheduler="HeliosScheduler", distilled=N
 
 
 def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0, **options):
-    # Up a pyramid, with the steps of each resolution, it takes no other number.
-    counted = (
-        {} if "pyramid_num_inference_steps_list" in options else {"num_inference_steps": steps}
-    )
-    height, width, frames = size
+    arguments = clip(size, guidance=guidance, steps=steps, seed=seed)
+    if "pyramid_num_inference_steps_list" in options:
+        # The steps of each resolution: it takes no other number.
+        del arguments["num_inference_steps"]
     return pipe(
         prompt_embeds=embeddings(1, 8, 16),
         negative_prompt_embeds=embeddings(1, 8, 16, seed=1),
-        height=height,
-        width=width,
-        num_frames=frames,
-        guidance_scale=1.0 if guidance == "off" else 3.0,
-        output_type="latent",
-        generator=generator(seed),
-        **{"num_latent_frames_per_chunk": (frames - 1) // 4 + 1, **counted, **options},
+        **{**arguments, "num_latent_frames_per_chunk": (size[2] - 1) // 4 + 1, **options},
     ).frames
 
 

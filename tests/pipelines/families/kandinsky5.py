@@ -1,7 +1,7 @@
 """Kandinsky 5 video: channels last."""
 
 import torch
-from families.registry import Family, embeddings, generator
+from families.registry import Family, clip, embeddings
 
 from sparsediff.testing import make_local, seeded
 
@@ -31,7 +31,6 @@ def build():
 
 
 def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0):
-    height, width, frames = size
     lengths = torch.tensor([0, 6], dtype=torch.int32)
     return pipe(
         prompt_embeds_qwen=embeddings(1, 6, 16),
@@ -40,13 +39,7 @@ def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0):
         negative_prompt_embeds_qwen=embeddings(1, 6, 16, seed=1),
         negative_prompt_embeds_clip=embeddings(1, 8, seed=1),
         negative_prompt_cu_seqlens=lengths,
-        height=height,
-        width=width,
-        num_frames=frames,
-        num_inference_steps=steps,
-        guidance_scale=1.0 if guidance == "off" else 3.0,
-        output_type="latent",
-        generator=generator(seed),
+        **clip(size, guidance=guidance, steps=steps, seed=seed),
     ).frames
 
 

@@ -1,6 +1,6 @@
 """Kandinsky 6: video beside sound; a picture comes as one more frame behind the video."""
 
-from families.registry import Family, embeddings, generator
+from families.registry import Family, clip, embeddings
 from PIL import Image
 
 from sparsediff.testing import make_local, seeded
@@ -43,19 +43,12 @@ def build():
 
 
 def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0, what="frames", **options):
-    height, width, frames = size
     made = pipe(
         prompt_embeds=embeddings(1, 6, 16),
         pooled_prompt_embeds=embeddings(1, 8),
         negative_prompt_embeds=embeddings(1, 6, 16, seed=1),
         negative_pooled_prompt_embeds=embeddings(1, 8, seed=1),
-        height=height,
-        width=width,
-        num_frames=frames,
-        num_inference_steps=steps,
-        guidance_scale=1.0 if guidance == "off" else 3.0,
-        output_type="latent",
-        generator=generator(seed),
+        **clip(size, guidance=guidance, steps=steps, seed=seed),
         **options,
     )
     return getattr(made, what)

@@ -4,7 +4,7 @@ import warnings
 from functools import partial
 
 import torch
-from families.registry import Family, embeddings, generator, padded
+from families.registry import Family, clip, embeddings, generator, padded
 from PIL import Image
 
 from sparsediff.testing import make_local, seeded
@@ -49,7 +49,7 @@ def build(conditions=False):
 
 
 def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0, conditions=False):
-    height, width, frames = size
+    height, width, _ = size
     prompt, mask = padded(embeddings(1, 10, 16), WORDS[:1], pad)
     negative, negative_mask = padded(embeddings(1, 10, 16, seed=1), WORDS[1:], pad)
     extra = {}
@@ -68,13 +68,7 @@ def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0, conditions=False):
             prompt_attention_mask=mask,
             negative_prompt_embeds=negative,
             negative_prompt_attention_mask=negative_mask,
-            height=height,
-            width=width,
-            num_frames=frames,
-            num_inference_steps=steps,
-            guidance_scale=1.0 if guidance == "off" else 3.0,
-            output_type="latent",
-            generator=generator(seed),
+            **clip(size, guidance=guidance, steps=steps, seed=seed),
             **extra,
         ).frames
 

@@ -85,6 +85,20 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def clip(size: Size, *, guidance: str, steps: int, seed: int) -> dict[str, object]:
+    """What the call of a pipeline for videos takes beside the words."""
+    height, width, frames = size
+    return {
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "num_inference_steps": steps,
+        "guidance_scale": 1.0 if guidance == "off" else 3.0,
+        "output_type": "latent",
+        "generator": generator(seed),
+    }
+
+
 def embeddings(*shape: int, seed: int = 0) -> Tensor:
     """Random text embeddings."""
     return torch.randn(*shape, generator=generator(seed))

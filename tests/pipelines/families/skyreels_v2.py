@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from families.registry import Family, embeddings, generator
+from families.registry import Family, clip, embeddings
 
 from sparsediff.testing import make_local, seeded
 
@@ -30,18 +30,11 @@ def build(pipeline="SkyReelsV2Pipeline"):
 
 
 def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0, **options):
-    height, width, frames = size
     return pipe(
         prompt=None,
         prompt_embeds=embeddings(1, 8, 16),
         negative_prompt_embeds=embeddings(1, 8, 16, seed=1),
-        height=height,
-        width=width,
-        num_frames=frames,
-        num_inference_steps=steps,
-        guidance_scale=1.0 if guidance == "off" else 3.0,
-        output_type="latent",
-        generator=generator(seed),
+        **clip(size, guidance=guidance, steps=steps, seed=seed),
         **options,
     ).frames
 

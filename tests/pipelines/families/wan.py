@@ -2,14 +2,14 @@
 
 from functools import partial
 
-from families.registry import Family, generator
+from families.registry import Family, clip
 from PIL import Image
 
 from sparsediff.testing import random_wan_pipeline
 
 
 def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0, last=False):
-    height, width, frames = size
+    height, width, _ = size
     kwargs = {"max_sequence_length": 16}
     if type(pipe).__name__ == "WanImageToVideoPipeline":
         kwargs = {"max_sequence_length": 512, "image": Image.new("RGB", (width, height), "red")}
@@ -17,13 +17,7 @@ def call(pipe, size, *, guidance, pad=0.0, steps=2, seed=0, last=False):
             kwargs["last_image"] = Image.new("RGB", (width, height), "blue")
     return pipe(
         prompt="a small red circle moves left",
-        height=height,
-        width=width,
-        num_frames=frames,
-        num_inference_steps=steps,
-        guidance_scale=1.0 if guidance == "off" else 3.0,
-        output_type="latent",
-        generator=generator(seed),
+        **clip(size, guidance=guidance, steps=steps, seed=seed),
         **kwargs,
     ).frames
 
