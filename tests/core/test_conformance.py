@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from small_runs import site
 
 from sparsediff import (
     AdaSpa,
-    AttentionSite,
     BlockMask,
     Custom,
     DraftAttention,
@@ -30,11 +30,6 @@ def grid_of(shape, before, after):
     video = Segment(role="grid", length=math.prod(shape), shape=shape)
     words = [Segment(role="text", length=n) for n in (before, after)]
     return TokenGrid((words[0], video, words[1]))
-
-
-def site(grid, **changes):
-    values = {"layer": 0, "num_layers": 2, "step": 0, "num_steps": 10, "sigma": 1.0}
-    return AttentionSite(**{**values, "branch": "cond", "grid": grid, **changes})
 
 
 def draw_queries(grid, batch, heads, seed, sharpness=1.5, dim=16):

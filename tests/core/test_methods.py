@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_runs import site
 
 from sparsediff import (
     AdaSpa,
-    AttentionSite,
     Auto,
     Custom,
     DraftAttention,
@@ -33,19 +33,6 @@ from sparsediff.slot import STATE_TARGET_BYTES, Layout, Slots, slot_bytes
 
 def needs_calibration(name):
     return getattr(METHODS[name], "needs_calibration", False)
-
-
-def site(grid, **changes):
-    values = {
-        "layer": 0,
-        "num_layers": 2,
-        "step": 0,
-        "num_steps": 10,
-        "sigma": 1.0,
-        "branch": "cond",
-        "grid": grid,
-    }
-    return AttentionSite(**{**values, **changes})
 
 
 def queries(tokens, heads=2, dim=16, batch=1, seed=0):

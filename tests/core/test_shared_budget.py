@@ -4,25 +4,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_runs import LAYERS, generate, site
 
 import sparsediff
 from sparsediff import Auto, Custom, Schedule, TokenGrid
 from sparsediff.budget import layer_percentile, row_top_k
 from sparsediff.kernels.block_scores import block_mass
-from sparsediff.methods.base import AttentionSite
 from sparsediff.shared_budget import BINS_AN_OCTAVE, ScoreCounts
 from sparsediff.testing import random_wan_pipeline
 
-LAYERS = 2
 GRID = TokenGrid.video(1, 1, 300)
-SMALL = {"height": 128, "width": 128, "num_frames": 17, "max_sequence_length": 16}
-
-
-def site(grid=GRID, **changes):
-    values = {
-        "layer": 0, "num_layers": 2, "step": 0, "num_steps": 10, "sigma": 1.0, "branch": "cond", "grid": grid,
-    }  # fmt: skip
-    return AttentionSite(**{**values, **changes})
 
 
 # -- counting -------------------------------------------------------------------------------------------------------
@@ -39,8 +30,8 @@ def draw(seed, layers, batch=2, blocks=300):
 def test_the_bar_is_the_quantile_over_all_layers_of_each_sample(seed, layers, density):
     counts, scores = ScoreCounts(), draw(seed, layers)
     for layer in scores:
-        counts.add(site(step=3), layer)
-    bar = counts.bar(site(step=4), 2, density)
+        counts.add(site(GRID, step=3), layer)
+    bar = counts.bar(site(GRID, step=4), 2, density)
     assert bar.shape == (2,)
     for sample, least in enumerate(bar):
         every = scores[:, sample].flatten()
@@ -52,16 +43,16 @@ def test_the_bar_is_the_quantile_over_all_layers_of_each_sample(seed, layers, de
 def test_what_reaches_the_bar_is_the_share_asked_for(seed, density):
     counts, scores = ScoreCounts(), draw(seed, 4, blocks=2000)
     for layer in scores:
-        counts.add(site(), layer)
-    bar = counts.bar(site(step=1), 2, density)
+        counts.add(site(GRID), layer)
+    bar = counts.bar(site(GRID, step=1), 2, density)
     kept = (scores >= bar[:, None]).float().mean((0, 2))
     assert (kept - density).abs().max() < 0.01
 
 
 def test_whoever_wants_everything_gets_it():
     counts, scores = ScoreCounts(), torch.tensor([[0.0, 1e-30, 0.5, 1.0]])
-    counts.add(site(), scores)
-    assert (scores >= counts.bar(site(step=1), 1, 1.0)).all()
+    counts.add(site(GRID), scores)
+    assert (scores >= counts.bar(site(GRID, step=1), 1, 1.0)).all()
 
 
 def test_the_latest_step_before_counts_and_branches_are_apart():
@@ -69,16 +60,16 @@ def test_the_latest_step_before_counts_and_branches_are_apart():
     low, high = torch.full((1, 8), 2.0**-9), torch.full((1, 8), 2.0**-3)
 
     def bar(step, branch="cond"):
-        return counts.bar(site(step=step, branch=branch), 1, 0.5)
+        return counts.bar(site(GRID, step=step, branch=branch), 1, 0.5)
 
     assert bar(5) is None
-    counts.add(site(step=1), low)
-    counts.add(site(step=1, branch="uncond"), high)
+    counts.add(site(GRID, step=1), low)
+    counts.add(site(GRID, step=1, branch="uncond"), high)
     assert bar(1) is None, "of this very step, whose later layers nobody has seen"
     assert bar(2) < 2**-8 < bar(2, "uncond")
-    counts.add(site(step=2), high)
+    counts.add(site(GRID, step=2), high)
     assert bar(2) < 2**-8 < bar(3)
-    counts.add(site(step=3), low)
+    counts.add(site(GRID, step=3), low)
     assert bar(2) is None, "only the last two steps are kept"
     counts.clear()
     assert bar(9) is None
@@ -86,7 +77,7 @@ def test_the_latest_step_before_counts_and_branches_are_apart():
 
 def test_other_tokens_and_another_batch_have_no_bar():
     counts, other = ScoreCounts(), TokenGrid.video(2, 10, 10)
-    counts.add(site(name="a"), torch.full((2, 8), 0.5))
+    counts.add(site(GRID, name="a"), torch.full((2, 8), 0.5))
     counts.add(site(other, name="b"), torch.full((2, 8), 0.5))
     for name, grid, batch, known in (
         ("a", GRID, 2, True),
@@ -101,17 +92,17 @@ def test_other_tokens_and_another_batch_have_no_bar():
 
 def test_what_stands_for_more_rows_weighs_more():
     counts = ScoreCounts()
-    counts.add(site(), torch.full((1, 100), 2.0**-3), rows=3)
-    counts.add(site(), torch.full((1, 100), 2.0**-9))
-    assert counts.bar(site(step=1), 1, 0.74) > 2**-4
-    assert counts.bar(site(step=1), 1, 0.76) < 2**-8
+    counts.add(site(GRID), torch.full((1, 100), 2.0**-3), rows=3)
+    counts.add(site(GRID), torch.full((1, 100), 2.0**-9))
+    assert counts.bar(site(GRID, step=1), 1, 0.74) > 2**-4
+    assert counts.bar(site(GRID, step=1), 1, 0.76) < 2**-8
 
 
 def test_scores_that_are_no_numbers_are_counted_as_the_lowest():
     """A run in too low a precision must go on to its own bad end, not die in an index."""
     counts = ScoreCounts()
-    counts.add(site(), torch.tensor([[torch.nan, 0.5, 0.5, 0.5]]))
-    assert 2**-2 < counts.bar(site(step=1), 1, 0.7) <= 0.5 * 2 ** (1 / BINS_AN_OCTAVE)
+    counts.add(site(GRID), torch.tensor([[torch.nan, 0.5, 0.5, 0.5]]))
+    assert 2**-2 < counts.bar(site(GRID, step=1), 1, 0.7) <= 0.5 * 2 ** (1 / BINS_AN_OCTAVE)
 
 
 # -- choosing -------------------------------------------------------------------------------------------------------
@@ -181,6 +172,15 @@ def test_a_row_has_its_share_of_a_wider_budget_to_itself(seed, density, row_shar
         assert mass[extra].min() >= mass[~keep].max() - 1e-4
 
 
+@pytest.mark.parametrize("budget", ["row_top_k", "row_top_p", "head_adaptive"])
+def test_a_row_that_shares_nothing_has_its_budget_to_itself_anyway(budget):
+    grid = TokenGrid.video(5, 8, 8)
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 320, 2, 16, generator=g) for _ in range(2))
+    kept = [Custom(budget=budget, row_share=s).keep_blocks(q, k, site(grid)) for s in (0.0, 0.5)]
+    assert torch.equal(*kept)
+
+
 def test_without_samples_each_layer_has_its_own_budget():
     grid = TokenGrid.video(5, 8, 8)
     g = torch.Generator().manual_seed(0)
@@ -209,13 +209,6 @@ def test_samples_are_rows_of_what_is_chosen_from(producer, windows):
 
 
 # -- in a run -------------------------------------------------------------------------------------------------------
-
-
-def generate(pipe, *, steps=4, prompt="a small red circle moves left", seeds=(0,), **changes):
-    pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-    call = {"prompt": prompt, "generator": generators, **SMALL, **changes}
-    return pipe(num_inference_steps=steps, guidance_scale=3.0, output_type="latent", **call).frames
 
 
 @pytest.fixture
@@ -274,7 +267,7 @@ def test_scores_are_sampled_one_step_before_blocks_are_chosen(
 def test_layers_that_stay_dense_take_no_part(pipe, samples):
     schedule = Schedule(dense_steps=2, dense_layers=1)
     with sparsediff.enable(pipe, Auto(budget="model_percentile"), schedule=schedule):
-        generate(pipe)
+        generate(pipe, steps=4)
     assert samples == ([(1, 0)], [(1, 1, True)])
 
 
@@ -286,29 +279,35 @@ def test_layers_differ_and_together_keep_what_was_asked_for(pipe, density):
     with sparsediff.enable(
         pipe, Auto(density=density, budget="model_percentile"), schedule=Schedule(dense_steps=2)
     ) as handle:
-        generate(pipe, height=192, width=192, num_frames=33)
+        generate(pipe, steps=4, height=192, width=192, num_frames=33)
         layers = handle.report().layers
     shares = [2 * layer.density - 1 for layer in layers]  # two of the four steps are dense
     assert abs(sum(shares) / LAYERS - density) < 0.08
     assert max(shares) - min(shares) > 0.1
 
 
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
 def test_a_clip_does_not_depend_on_what_it_is_made_beside(pipe):
     method, schedule = Auto(budget="model_percentile", refresh=2), Schedule(dense_steps=2)
     prompts = ["a small red circle moves left", "two stars"]
     with sparsediff.enable(pipe, method, schedule=schedule):
-        both = generate(pipe, prompt=prompts, seeds=(0, 1))
-        second = generate(pipe, prompt=prompts[1], seeds=(1,))
-        again = generate(pipe, prompt=prompts, seeds=(0, 1))
+        both = generate(pipe, steps=4, prompt=prompts, generator=seeded(0, 1))
+        second = generate(pipe, steps=4, prompt=prompts[1], generator=seeded(1))
+        again = generate(pipe, steps=4, prompt=prompts, generator=seeded(0, 1))
     assert torch.equal(both, again), "nothing is left of the run before"
     assert torch.allclose(both[1], second[0], rtol=0, atol=1e-4 * second.abs().max().item())
 
 
 def test_steps_that_only_sample_stay_exact(pipe):
     stock = []
-    generate(pipe, callback_on_step_end=lambda p, i, t, k: stock.append(k["latents"]) or k)
+    generate(pipe, steps=4, callback_on_step_end=lambda p, i, t, k: stock.append(k["latents"]) or k)
     seen = []
     with sparsediff.enable(pipe, Auto(budget="model_percentile"), schedule=Schedule(dense_steps=3)):
-        generate(pipe, callback_on_step_end=lambda p, i, t, k: seen.append(k["latents"]) or k)
+        generate(
+            pipe, steps=4, callback_on_step_end=lambda p, i, t, k: seen.append(k["latents"]) or k
+        )
     assert torch.equal(torch.stack(seen[:2]), torch.stack(stock[:2]))
     assert not torch.equal(seen[3], stock[3])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import BRANCHES, LAYERS, SMALL, generate
 
 import sparsediff
 from sparsediff import (
@@ -29,22 +30,8 @@ from sparsediff.slot import slot_bytes
 from sparsediff.testing import random_wan_pipeline
 
 SEARCH = "search: blocks are chosen from exact attention"
-LAYERS, BRANCHES = 2, 2
-SMALL = {"height": 128, "width": 128, "num_frames": 17, "max_sequence_length": 16}
 COSTS = (1.0, 0.0, 0.3, 0.35, 0.4)
 WINDOWS = ((1, 8, 8), "HWF", (3, 5, 7))
-
-
-def generate(pipe, *, steps=3, seed=0, **changes):
-    """Latents of one prompt; 5 x 8 x 8 tokens make five blocks of 64."""
-    pipe.set_progress_bar_config(disable=True)
-    call = {
-        "prompt": "a small red circle moves left",
-        "generator": torch.Generator().manual_seed(seed),
-        **SMALL,
-        **changes,
-    }
-    return pipe(num_inference_steps=steps, guidance_scale=3.0, output_type="latent", **call).frames
 
 
 @pytest.fixture
@@ -367,7 +354,7 @@ def test_a_second_generation_equals_a_fresh_pipeline(pipe, method):
 def test_second_generations_equal_fresh_processes(pipe, tmp_path):
     """Of all methods, calibrations included, in the opposite order: no cache of the process changes a bit."""
     code = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]!r}
 import torch, sparsediff.block_attention, test_state_machine as t
 torch.set_num_threads({torch.get_num_threads()})
 sparsediff.block_attention.CPU_BREAK_EVEN = 2.0
