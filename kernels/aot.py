@@ -25,15 +25,19 @@ from triton.compiler import ASTSource
 
 from sparsediff.kernels._block_bitmap_fwd import pack_rows
 from sparsediff.kernels._block_lists_fwd import compact_rows
+from sparsediff.kernels._block_pairs_fwd import pair_rows
 from sparsediff.kernels._block_sparse_fwd import block_sparse_fwd
 from sparsediff.kernels._token_order_fwd import gather_rows
 from sparsediff.kernels.block_lists import Visits
+from sparsediff.kernels.block_pairs import FIELD
 from sparsediff.kernels.token_order import TILE_BYTES
 from sparsediff.kernels.tuning import (
+    PairForm,
     Tile,
     get_tile,
     hopper_8bit_ring,
     hopper_mass_ring,
+    hopper_pair_form,
     hopper_ring,
 )
 
@@ -147,6 +151,17 @@ def list_building(arch: str, visits: Visits) -> Compiled:
     )
 
 
+def pair_joining(arch: str) -> Compiled:
+    """Compile the kernel that joins the lists of neighbouring rows."""
+    names = pair_rows.arg_names
+    pointers = dict.fromkeys((n for n in names if n.endswith("_ptr")), "*i32")
+    pointers |= {"mark_ptr": "*u8", "row_ptr": "*i64"}
+    constants = {"HAS_LENGTHS": True, "BLOCK_N": 64, "FIELD": FIELD, "CHUNK": 1024}
+    return compile_kernel(
+        "lists of pairs", arch, pair_rows, pointers, constants, list(pointers), {"num_warps": 4}
+    )
+
+
 def compile_kernel(
     name: str,
     arch: str,
@@ -201,6 +216,33 @@ def hopper_attention(
     form = f"hopper {dtype} D{head_dim} 128x{block_n} ring {ring}"
     name = _named(form, byproducts=byproducts, lengths=lengths, lse_prev=lse_prev)
     return _compile_gluon(name, block_sparse_fwd_sm90, boxes, constants, maxnreg=168)
+
+
+def hopper_pairs(
+    dtype: str,
+    head_dim: int,
+    *,
+    lengths: bool = False,
+    lse: bool = False,
+    form: PairForm | None = None,
+) -> Compiled:
+    """Compile the Hopper kernel for pairs of 64-row blocks, in another `form` than the shipped one for trials."""
+    from sparsediff.kernels._block_sparse_pair_sm90 import block_sparse_pairs_sm90
+
+    block_d = 64 if head_dim == 64 else 128
+    form = form or hopper_pair_form(block_d)
+    constants = {
+        "RING": form.ring,
+        "BLOCK_D": block_d,
+        "ALIAS": form.alias,
+        "TURNS": form.turns,
+        "HAS_LENGTHS": lengths,
+        "WITH_LSE": lse,
+    }
+    boxes = dict.fromkeys(("q_desc", "k_desc", "v_desc", "out_desc"), (dtype, 64, block_d))
+    name = f"hopper pairs {dtype} D{head_dim} 128x64 ring {form.ring}"
+    name = _named(name, alias=form.alias, turns=form.turns, lengths=lengths, lse=lse)
+    return _compile_gluon(name, block_sparse_pairs_sm90, boxes, constants, maxnreg=168)
 
 
 def hopper_8bit(dtype: str, *, fp8_pv: bool, byproducts: bool) -> Compiled:
@@ -273,7 +315,8 @@ def _compile_gluon(
             for n, (dtype, rows, width) in boxes.items()
         },
         **dict.fromkeys(("kv_num_blocks_ptr", "kv_indices_ptr", "kv_lengths_ptr"), "*i32"),
-        **dict.fromkeys(("order_ptr", "draw_ptr"), "*i32"),
+        **dict.fromkeys(("order_ptr", "draw_ptr", "totals_ptr", "walk_ptr"), "*i32"),
+        "rows_ptr": "*i64",
         **dict.fromkeys(("lse_ptr", "lse_prev_ptr", "mass_ptr", "space_ptr"), "*fp32"),
         **dict.fromkeys(("q_scale_ptr", "k_scale_ptr", "v_scale_ptr", "error_ptr"), "*fp32"),
         "vote_ptr": "*u8",
@@ -388,6 +431,9 @@ def every_kernel(arch: str) -> Iterator[Compiled]:
             yield hopper_attention("bf16", head_dim, block_n, byproducts=byproducts)
         yield hopper_attention("bf16", 128, 128, byproducts=True, lengths=True)
         yield hopper_attention("bf16", 128, 128, byproducts=True, lse_prev=True)
+        for head_dim, more in product((64, 128), (False, True)):
+            yield hopper_pairs("bf16", head_dim, lengths=more, lse=more)
+        yield pair_joining(arch)
         for fp8_pv, byproducts in product((False, True), (False, True)):
             yield hopper_8bit("bf16", fp8_pv=fp8_pv, byproducts=byproducts)
         for head_dim, block, own_lse in product((64, 128), (64, 128), (False, True)):
@@ -406,6 +452,7 @@ def few_kernels(arch: str) -> Iterator[Compiled]:
     if arch == "sm90":
         yield hopper_attention("bf16", 128, 128, byproducts=False)
         yield hopper_attention("bf16", 64, 128, byproducts=True)
+        yield hopper_pairs("bf16", 128)
         yield hopper_8bit("bf16", fp8_pv=True, byproducts=True)
         yield hopper_mass("bf16", 128, (128, 128), own_lse=True)
 

@@ -75,6 +75,19 @@ def hopper_ring(block_n: int, block_d: int) -> tuple[int, bool]:
     return (3, True) if block_n == 128 else (5, False)
 
 
+class PairForm(NamedTuple):
+    """How the Hopper kernel for pairs of 64-row blocks is cut."""
+
+    ring: int  # stages, each K and V of one block: 32 KB, or 16 KB at head size 64
+    alias: bool  # the output shares Q's buffers
+    turns: bool  # the warpgroups take turns on the tensor cores where both have the block
+
+
+def hopper_pair_form(block_d: int) -> PairForm:
+    """The one that runs; never timed."""
+    return PairForm(5, False, True) if block_d == 128 else PairForm(8, False, True)
+
+
 def hopper_8bit_ring(fp8_pv: bool) -> int:
     """Stages of the ring with 8-bit keys, and with 16-bit or 8-bit values: 48 or 32 KB a stage."""
     return 5 if fp8_pv else 3
@@ -93,6 +106,17 @@ def why_not_hopper(
         return why_not
     if block_size not in ((128, 128), (128, 64)):
         return f"serves blocks of (128, 128) and (128, 64) tokens, got {block_size}"
+    return ""
+
+
+def why_not_hopper_pairs(
+    capability: tuple[int, int], bits: int, head_dim: int, block_size: tuple[int, int]
+) -> str:
+    """One line on what keeps the Hopper kernel for pairs of rows from serving such a call, or ""."""
+    if why_not := _why_not_hopper_tensors(capability, bits, head_dim):
+        return why_not
+    if block_size != (64, 64):
+        return f"serves blocks of (64, 64) tokens, got {block_size}"
     return ""
 
 

@@ -1,0 +1,227 @@
+"""The Hopper kernel for pairs of rows, its own source, under random interleavings of its three roles on a CPU."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton.experimental.gluon")
+
+from gluon_emulator import Deadlock, Descriptor, Pointer, mbarrier, run_kernel
+
+from sparsediff.block_mask import BlockMask
+from sparsediff.kernels import block_lists, block_pairs
+from sparsediff.kernels._block_sparse_pair_sm90 import block_sparse_pairs_sm90
+from sparsediff.kernels._block_sparse_reference import attend as reference
+from sparsediff.kernels._block_sparse_sm90 import block_sparse_fwd_sm90
+from sparsediff.kernels.tuning import PairForm, hopper_pair_form
+
+DIM = 64
+FORMS = {hopper_pair_form(64), hopper_pair_form(128), PairForm(6, True, True), PairForm(3, False, False)}  # fmt: skip
+
+
+def make(seed, batch, heads, seq_q, seq_k, density, agreement, block=(64, 64)):
+    """Inputs, and a mask whose neighbouring rows agree in about that share of their blocks."""
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        torch.randn(batch, s, heads, DIM, generator=g).bfloat16() for s in (seq_q, seq_k, seq_k)
+    )
+    rows, columns = -(-seq_q // block[0]), -(-seq_k // block[1])
+    keep = torch.rand(batch, heads, rows, columns, generator=g) < density
+    agree = torch.rand(batch, heads, rows // 2, columns, generator=g) < agreement
+    keep[:, :, 1::2] = torch.where(agree, keep[:, :, : 2 * (rows // 2) : 2], keep[:, :, 1::2])
+    if seed % 3 == 0:
+        keep[0, 0, -1] = False
+    return q, k, v, BlockMask.from_dense(keep, block, (seq_q, seq_k))
+
+
+def outputs(q):
+    out = torch.full_like(q, float("nan"))
+    return out, torch.full((q.shape[0], q.shape[2], q.shape[1]), float("nan"))
+
+
+def descriptor(x, rows=64):
+    return Descriptor(x.transpose(1, 2), rows, DIM)
+
+
+def run_pairs(q, k, v, mask, *, form, seed, kv_lengths=None, programs=2, replace=None):
+    """Output and log-sum-exp of the emulated kernel."""
+    batch, seq_q, heads, _ = q.shape
+    made = block_pairs.pair_rows_reference(
+        mask.kv_num_blocks, mask.kv_indices, k.shape[1], kv_lengths=kv_lengths
+    )
+    totals, order, draw = block_lists.order_reference(made.totals, batch, heads)
+    out, lse = outputs(q)
+    made_batch, made_heads, pairs = made.totals.shape
+    run_kernel(
+        block_sparse_pairs_sm90,
+        programs,
+        seed,
+        *map(descriptor, (q, k, v, out)),
+        Pointer(lse.view(-1)),
+        Pointer(totals),
+        Pointer(made.rows.view(-1)),
+        Pointer(made.walk.view(-1)),
+        Pointer(order),
+        Pointer(draw),
+        made_heads * pairs if made_batch > 1 else 0,
+        pairs if made_heads > 1 else 0,
+        DIM**-0.5,
+        heads,
+        seq_q,
+        pairs,
+        mask.num_blocks[1],
+        len(totals),
+        RING=form.ring,
+        BLOCK_D=DIM,
+        ALIAS=form.alias,
+        TURNS=form.turns,
+        HAS_LENGTHS=kv_lengths is not None,
+        WITH_LSE=True,
+        replace=replace,
+    )
+    return out, lse
+
+
+def assert_right(out, lse, q, k, v, mask, kv_lengths=None):
+    exact, exact_lse, _, _ = reference(
+        *(x.double() for x in (q, k, v)),
+        mask,
+        scale=DIM**-0.5,
+        kv_lengths=kv_lengths,
+        want_lse=True,
+    )
+    torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 9999),
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 2),
+    rows=st.sampled_from([1, 64, 65, 128, 193, 320]),
+    keys=st.sampled_from([1, 64, 130, 640, 1000]),
+    density=st.sampled_from([0.1, 0.4, 1.0]),
+    agreement=st.sampled_from([0.0, 0.5, 1.0]),
+    form=st.sampled_from(sorted(FORMS)),
+    lengths=st.booleans(),
+)
+def test_any_interleaving_gives_attention(
+    seed, batch, heads, rows, keys, density, agreement, form, lengths
+):
+    q, k, v, mask = make(seed, batch, heads, rows, keys, density, agreement)
+    kv_lengths = None
+    if lengths:
+        kv_lengths = torch.randint(
+            0, keys + 1, (batch,), dtype=torch.int32, generator=torch.Generator().manual_seed(seed)
+        )
+        for i, length in enumerate(kv_lengths.tolist()):  # what padding holds must not leak
+            k[i, length:], v[i, length:] = float("nan"), float("inf")
+    got = run_pairs(q, k, v, mask, form=form, seed=seed, kv_lengths=kv_lengths)
+    assert_right(*got, q, k, v, mask, kv_lengths)
+
+
+def test_one_mask_for_all_samples_and_heads():
+    q, k, v, mask = make(1, 2, 2, 200, 300, 1.0, 1.0)
+    mask = BlockMask(
+        mask.kv_num_blocks[:1, :1], mask.kv_indices[:1, :1], (64, 64), mask.seq_lengths
+    )
+    assert_right(*run_pairs(q, k, v, mask, form=hopper_pair_form(64), seed=0), q, k, v, mask)
+
+
+@pytest.mark.parametrize("agreement", [0.0, 1.0])
+def test_lists_far_longer_than_the_ring(agreement):
+    """One consumer must be able to stay laps behind the other one's blocks."""
+    q, k, v, mask = make(2, 1, 1, 128, 4000, 0.9, agreement)
+    keep = mask.to_dense()
+    keep[0, 0, 1, : -2 if agreement else 0] = False
+    mask = BlockMask.from_dense(keep, (64, 64), mask.seq_lengths)
+    for seed in range(4):
+        for form in sorted(FORMS):
+            assert_right(*run_pairs(q, k, v, mask, form=form, seed=seed), q, k, v, mask)
+
+
+def test_interleavings_change_no_bits():
+    q, k, v, mask = make(4, 1, 2, 256, 640, 0.5, 0.5)
+    first = run_pairs(q, k, v, mask, form=PairForm(5, False, True), seed=0, programs=1)
+    for seed, form in enumerate(sorted(FORMS)):
+        got = run_pairs(q, k, v, mask, form=form, seed=seed, programs=3)
+        assert torch.equal(got[0], first[0])
+        assert torch.equal(got[1], first[1])
+
+
+def free_unseen(turn, full, empty, RING):
+    """Frees a stage that may not have been filled."""
+    mbarrier.arrive(empty.index(turn % RING))
+
+
+def never_free(turn, full, empty, RING):
+    """Keeps what the other consumer alone wants."""
+
+
+@pytest.mark.parametrize("mistake", [free_unseen, never_free])
+def test_mistakes_are_found(mistake):
+    q, k, v, mask = make(5, 1, 1, 256, 1280, 0.5, 0.0)
+    form = PairForm(3, False, True)
+
+    def run(seed):
+        got = run_pairs(q, k, v, mask, form=form, seed=seed, replace={"_let_pass": mistake})
+        assert_right(*got, q, k, v, mask)
+
+    found = 0
+    for seed in range(10):
+        try:
+            run(seed)
+        except AssertionError:
+            found += 1
+    assert found > 5
+
+
+def test_two_stages_are_too_few():
+    q, k, v, mask = make(7, 1, 1, 128, 1280, 0.5, 0.0)
+    with pytest.raises(Deadlock, match="nobody can go on: consumer 0"):
+        run_pairs(q, k, v, mask, form=PairForm(2, False, False), seed=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_kernel_that_runs_on_hopper_passes_too(seed):
+    """What has been held against float64 on a GPU: a fault here would be the emulator's."""
+    q, k, v, mask = make(seed, 2, 2, 300, 700, 0.5, 0.0, block=(128, 128))
+    totals, order, draw = block_lists.order_reference(mask.kv_num_blocks, 2, 2)
+    out, lse = outputs(q)
+    nothing = Pointer(torch.zeros(1))
+    run_kernel(
+        block_sparse_fwd_sm90,
+        2,
+        seed,
+        descriptor(q),
+        descriptor(k, 128),
+        descriptor(v, 128),
+        descriptor(out),
+        Pointer(lse.view(-1)),
+        *[nothing] * 4,
+        Pointer(totals),
+        Pointer(mask.kv_indices.reshape(-1)),
+        nothing,
+        Pointer(order),
+        Pointer(draw),
+        *mask.kv_indices.contiguous().stride()[:2],
+        DIM**-0.5,
+        0.0,
+        2,
+        q.shape[1],
+        k.shape[1],
+        *mask.num_blocks,
+        len(totals),
+        RING=3,
+        BLOCK_N=128,
+        BLOCK_D=DIM,
+        ALIAS=seed == 0,
+        HAS_LENGTHS=False,
+        WITH_LSE=True,
+        WITH_VOTE=False,
+        WITH_MASS=False,
+        HAS_LSE_PREV=False,
+    )
+    assert_right(out, lse, q, k, v, mask)
