@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsediff.block_mask import BlockMask
 from sparsediff.kernels import _block_sparse_triton, block_lists, block_pairs
-from sparsediff.kernels._block_sparse_gluon import ENTRY_REGISTERS, multiprocessors, tma_descriptor
+from sparsediff.kernels._block_sparse_gluon import multiprocessors, tma_descriptor
 from sparsediff.kernels._block_sparse_pair_sm90 import block_sparse_pairs_sm90
 from sparsediff.kernels.launcher import aligned, launch_kernel
 from sparsediff.kernels.tuning import PairForm, hopper_pair_form
@@ -80,7 +80,7 @@ def launch(
     block_d = 64 if head_dim == 64 else 128
     launch_kernel(
         block_sparse_pairs_sm90,
-        (min(multiprocessors(device), len(totals)),),
+        (min(form.programs * multiprocessors(device), len(totals)),),
         (device, query.dtype, block_d, form, kv_lengths is None, want_lse, aligned(*pairs)),
         (
             # inputs and output
@@ -103,13 +103,11 @@ def launch(
             len(totals),
         ),
         # what is compiled
-        RING=form.ring,
+        **form.constants,
         BLOCK_D=block_d,
-        ALIAS=form.alias,
-        TURNS=form.turns,
         HAS_LENGTHS=kv_lengths is not None,
         WITH_LSE=want_lse,
         num_warps=4,
-        maxnreg=ENTRY_REGISTERS,
+        maxnreg=form.registers[0],
     )
     return out, lse

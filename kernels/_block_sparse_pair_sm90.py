@@ -12,6 +12,9 @@ laps apart.  A consumer that waits for a stage holds one other at most, and betw
 somebody else's at most, except before its first and after its last, when it holds none: three stages always suffice.
 `tests/kernels/test_pair_kernel.py` runs this source under random interleavings.
 
+With `OVERLAP` off, for two programs on a multiprocessor at head size 64, a consumer ends a block's products before it
+begins the next block's: its registers have no room for both, and three other consumers fill its waits.
+
 Where its own blocks are, a consumer knows from four numbers (`_position`); no list is read but by the producer.  The
 warpgroups take turns on the tensor cores only over the blocks of both rows, which are as many for either.
 
@@ -105,6 +108,19 @@ def _scores(b_q, k_buffer, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT:
 
 
 @gluon.jit
+def _add_values(
+    b_o, b_alpha, b_pd, v_bufs, empty, stage, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr
+):
+    """O = O * alpha + P V of one block, from beginning to end; frees its stage."""
+    b_o = rescale(b_o, b_alpha)
+    v_smem = v_bufs.index(stage).reshape([BLOCK_N, BLOCK_D])
+    b_o = warpgroup_mma(b_pd, v_smem, b_o, is_async=True)
+    b_o = warpgroup_mma_wait(0, deps=(b_o,))
+    mbarrier.arrive(empty.index(stage), count=1)
+    return b_o
+
+
+@gluon.jit
 def _take_over(work, work_full, work_empty, slot, phase, GROUP: gl.constexpr):
     """Consumer: the producer's draw and this row's numbers."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -138,6 +154,8 @@ def _consumer(
     BLOCK_D: gl.constexpr,
     ALIAS: gl.constexpr,
     TURNS: gl.constexpr,
+    SHARED_Q: gl.constexpr,
+    OVERLAP: gl.constexpr,
     HAS_LENGTHS: gl.constexpr,
     WITH_LSE: gl.constexpr,
     GROUP: gl.constexpr,
@@ -174,7 +192,7 @@ def _consumer(
 
         # The first block, the only one that can be ragged
         mbarrier.wait(q_full.index(GROUP), rows & 1)
-        b_q = q_smem.load(Q_LAYOUT)
+        b_q = q_smem if SHARED_Q else q_smem.load(Q_LAYOUT)
         if not ALIAS:
             mbarrier.arrive(q_empty.index(GROUP), count=1)
         turn = first + _position(0, start, before, turns, GROUP)
@@ -199,6 +217,8 @@ def _consumer(
         if HAS_LENGTHS and visible < BLOCK_N:
             clear_past(v_bufs.index(turn % RING), visible, BLOCK_N, BLOCK_D)
         b_pd = gl.convert_layout(b_p.to(DTYPE), P_LAYOUT)
+        if not OVERLAP:
+            b_o = _add_values(b_o, b_alpha, b_pd, v_bufs, empty, turn % RING, BLOCK_N, BLOCK_D)
 
         for i in range(1, count):
             held = turn % RING
@@ -212,33 +232,36 @@ def _consumer(
             mbarrier.wait(full.index(stage), phase)
             take_turn(both, TURNS, GROUP)
             b_s = _scores(b_q, k_bufs.index(stage), BLOCK_N, BLOCK_D, S_LAYOUT)
-            # Rescaling the output hides under the product that has begun.  ptxas would hoist it but for a new basic block:
-            # this wait is over already.
-            mbarrier.wait(full.index(stage), phase)
-            b_o = rescale(b_o, b_alpha)
-            b_o = warpgroup_mma(
-                b_pd, v_bufs.index(held).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
-            )
-            pass_turn(both, TURNS, GROUP)
-            b_s = warpgroup_mma_wait(1, deps=(b_s,))
+            if OVERLAP:
+                # Rescaling the output hides under the product that has begun.  ptxas would hoist it but for a new basic
+                # block: this wait is over already.
+                mbarrier.wait(full.index(stage), phase)
+                b_o = rescale(b_o, b_alpha)
+                b_o = warpgroup_mma(
+                    b_pd, v_bufs.index(held).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
+                )
+                pass_turn(both, TURNS, GROUP)
+                b_s = warpgroup_mma_wait(1, deps=(b_s,))
+            else:
+                pass_turn(both, TURNS, GROUP)
+                b_s = warpgroup_mma_wait(0, deps=(b_s,))
             b_top = gl.max(b_s, 1) * qk_scale
             b_m_new = lazy_maximum(b_m, b_top)
             b_p = gl.exp2(b_s * qk_scale - b_m_new[:, None])
             b_alpha = gl.exp2(b_m - b_m_new)
             b_l = b_l * b_alpha + gl.sum(b_p, 1)
             b_m = b_m_new
-            # Over as well: it keeps the exponentials before the wait for PV.
-            mbarrier.wait(full.index(stage), phase)
-            b_o = warpgroup_mma_wait(0, deps=(b_o,))
-            mbarrier.arrive(empty.index(held), count=1)
+            if OVERLAP:
+                # Over as well: it keeps the exponentials before the wait for PV.
+                mbarrier.wait(full.index(stage), phase)
+                b_o = warpgroup_mma_wait(0, deps=(b_o,))
+                mbarrier.arrive(empty.index(held), count=1)
             b_pd = gl.convert_layout(b_p.to(DTYPE), P_LAYOUT)
+            if not OVERLAP:
+                b_o = _add_values(b_o, b_alpha, b_pd, v_bufs, empty, stage, BLOCK_N, BLOCK_D)
 
-        b_o = rescale(b_o, b_alpha)
-        b_o = warpgroup_mma(
-            b_pd, v_bufs.index(turn % RING).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
-        )
-        b_o = warpgroup_mma_wait(0, deps=(b_o,))
-        mbarrier.arrive(empty.index(turn % RING), count=1)
+        if OVERLAP:
+            b_o = _add_values(b_o, b_alpha, b_pd, v_bufs, empty, turn % RING, BLOCK_N, BLOCK_D)
 
         if WITH_LSE:
             p_lse = lse_ptr + (i_row // pairs).to(gl.int64) * seq_q + o_m
@@ -387,6 +410,9 @@ def block_sparse_pairs_sm90(
     BLOCK_D: gl.constexpr,
     ALIAS: gl.constexpr,
     TURNS: gl.constexpr,
+    SHARED_Q: gl.constexpr,
+    OVERLAP: gl.constexpr,
+    REGISTERS: gl.constexpr,
     HAS_LENGTHS: gl.constexpr,
     WITH_LSE: gl.constexpr,
     num_warps: gl.constexpr,
@@ -397,6 +423,7 @@ def block_sparse_pairs_sm90(
     `int32 [B * H * pairs]`, `draw_ptr` `int32 [1]` starts at 0.  `rows_ptr` `int64 [.., pairs, 2]` and `walk_ptr`
     `int32 [.., pairs, Nk]` are what `pair_rows` makes, `stride_b` and `stride_h` pairs apart (0: shared).
     `ALIAS`: the output shares Q's buffers.  `TURNS`: the warpgroups take turns over the blocks of both rows.
+    `SHARED_Q`: products read Q from shared memory; needs `ALIAS`.  `REGISTERS`: of each consumer.
     """
     q_bufs = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, BLOCK_D], q_desc.layout)
     k_bufs = gl.allocate_shared_memory(k_desc.dtype, [RING, 1, 1, 64, BLOCK_D], k_desc.layout)
@@ -430,16 +457,16 @@ def block_sparse_pairs_sm90(
                 _consumer,
                 (
                     out_desc, q_bufs, k_bufs, v_bufs, out_bufs, q_full, q_empty, full, empty, work, work_full,
-                    work_empty, lse_ptr, scale, num_heads, seq_q, pairs, RING, BLOCK_D, ALIAS, TURNS, HAS_LENGTHS,
-                    WITH_LSE, 0,
+                    work_empty, lse_ptr, scale, num_heads, seq_q, pairs, RING, BLOCK_D, ALIAS, TURNS, SHARED_Q,
+                    OVERLAP, HAS_LENGTHS, WITH_LSE, 0,
                 ),
             ),
             (
                 _consumer,
                 (
                     out_desc, q_bufs, k_bufs, v_bufs, out_bufs, q_full, q_empty, full, empty, work, work_full,
-                    work_empty, lse_ptr, scale, num_heads, seq_q, pairs, RING, BLOCK_D, ALIAS, TURNS, HAS_LENGTHS,
-                    WITH_LSE, 1,
+                    work_empty, lse_ptr, scale, num_heads, seq_q, pairs, RING, BLOCK_D, ALIAS, TURNS, SHARED_Q,
+                    OVERLAP, HAS_LENGTHS, WITH_LSE, 1,
                 ),
             ),
             (
@@ -452,5 +479,5 @@ def block_sparse_pairs_sm90(
             ),
         ],
         [4, 1],
-        [240, 24],
+        [REGISTERS, 24],
     )  # fmt: skip

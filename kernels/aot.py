@@ -59,6 +59,8 @@ class Compiled:
     overlapped_exponentials: tuple[int, ...] = ()
     # and multiplications of the output that a warp jumps over where no maximum has moved
     jumped_multiplications: tuple[int, ...] = ()
+    # and how often it waits for products: more often than the source says means that ptxas has serialised them
+    waits: int = 0
 
 
 def portable_attention(
@@ -232,17 +234,18 @@ def hopper_pairs(
     block_d = 64 if head_dim == 64 else 128
     form = form or hopper_pair_form(block_d)
     constants = {
-        "RING": form.ring,
+        **form.constants,
         "BLOCK_D": block_d,
-        "ALIAS": form.alias,
-        "TURNS": form.turns,
         "HAS_LENGTHS": lengths,
         "WITH_LSE": lse,
     }
     boxes = dict.fromkeys(("q_desc", "k_desc", "v_desc", "out_desc"), (dtype, 64, block_d))
     name = f"hopper pairs {dtype} D{head_dim} 128x64 ring {form.ring}"
-    name = _named(name, alias=form.alias, turns=form.turns, lengths=lengths, lse=lse)
-    return _compile_gluon(name, block_sparse_pairs_sm90, boxes, constants, maxnreg=168)
+    flags = {"alias": form.alias, "turns": form.turns, "two programs": form.programs == 2}
+    name = _named(name, **flags, lengths=lengths, lse=lse)
+    return _compile_gluon(
+        name, block_sparse_pairs_sm90, boxes, constants, maxnreg=form.registers[0]
+    )
 
 
 def hopper_8bit(dtype: str, *, fp8_pv: bool, byproducts: bool) -> Compiled:
@@ -346,10 +349,14 @@ def _compile(name: str, arch: str, source: ASTSource, options: dict) -> Compiled
     compiled = triton.compile(source, target=GPUTarget("cuda", int(arch[2:]), 32), options=options)
     cubin = compiled.asm["cubin"]
     registers, stack = resources(cubin)
-    found: tuple[tuple[int, ...], ...] = ()
+    found: tuple[tuple[int, ...] | int, ...] = ()
     if name.startswith("hopper"):
         instructions = machine_code(cubin)
-        found = overlapped_exponentials(instructions), jumped_multiplications(instructions)
+        found = (
+            overlapped_exponentials(instructions),
+            jumped_multiplications(instructions),
+            sum("WARPGROUP.DEPBAR" in line for line in instructions),
+        )
     return Compiled(name, arch, registers, stack, compiled.metadata.shared, *found)
 
 

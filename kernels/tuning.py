@@ -81,11 +81,29 @@ class PairForm(NamedTuple):
     ring: int  # stages, each K and V of one block: 32 KB, or 16 KB at head size 64
     alias: bool  # the output shares Q's buffers
     turns: bool  # the warpgroups take turns on the tensor cores where both have the block
+    programs: int  # on a multiprocessor at a time: 1, or at head size 64 also 2 (with `alias`)
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """A thread's at entry, which 3 x 128 threads a program share, and what each consumer then takes."""
+        return (168, 240) if self.programs == 1 else (80, 104)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Compile-time arguments.  Two programs hide each other's waits, and have no registers to overlap anything."""
+        return {
+            "RING": self.ring,
+            "ALIAS": self.alias,
+            "TURNS": self.turns,
+            "SHARED_Q": self.programs == 2,
+            "OVERLAP": self.programs == 1,
+            "REGISTERS": self.registers[1],
+        }
 
 
 def hopper_pair_form(block_d: int) -> PairForm:
     """The one that runs; never timed."""
-    return PairForm(5, False, True) if block_d == 128 else PairForm(8, False, True)
+    return PairForm(5, False, True, 1) if block_d == 128 else PairForm(6, True, False, 2)
 
 
 def hopper_8bit_ring(fp8_pv: bool) -> int:

@@ -23,7 +23,15 @@ def compile_ahead(*arguments):
 
 def assert_sound(kernel):
     name = kernel["kernel"]
-    if name.startswith("hopper"):
+    if "two programs" in name:
+        assert kernel["registers"] == 80, "two programs share the registers of a multiprocessor"
+        assert kernel["stack_bytes"] == 0, kernel
+        # ptxas would end every single product before the next if it were short of registers.
+        assert kernel["waits"] == 8, (
+            "two of each of S and PV in both warpgroups, none inside a product"
+        )
+        assert kernel["shared_bytes"] <= (228 // 2 - 1) * 1024, "two programs a multiprocessor"
+    elif name.startswith("hopper"):
         assert kernel["registers"] == 168, "the warpgroups' register budget starts from 168"
         # With all by-products a few registers are set aside between rows of blocks.
         assert kernel["stack_bytes"] <= (32 if "byproducts" in name else 0), kernel

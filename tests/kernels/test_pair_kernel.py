@@ -17,7 +17,13 @@ from sparsediff.kernels._block_sparse_sm90 import block_sparse_fwd_sm90
 from sparsediff.kernels.tuning import PairForm, hopper_pair_form
 
 DIM = 64
-FORMS = {hopper_pair_form(64), hopper_pair_form(128), PairForm(6, True, True), PairForm(3, False, False)}  # fmt: skip
+FORMS = {
+    hopper_pair_form(64),
+    hopper_pair_form(128),
+    PairForm(6, True, True, 1),
+    PairForm(3, False, False, 1),
+    PairForm(2, True, False, 2),
+}
 
 
 def make(seed, batch, heads, seq_q, seq_k, density, agreement, block=(64, 64)):
@@ -72,10 +78,8 @@ def run_pairs(q, k, v, mask, *, form, seed, kv_lengths=None, programs=2, replace
         pairs,
         mask.num_blocks[1],
         len(totals),
-        RING=form.ring,
+        **form.constants,
         BLOCK_D=DIM,
-        ALIAS=form.alias,
-        TURNS=form.turns,
         HAS_LENGTHS=kv_lengths is not None,
         WITH_LSE=True,
         replace=replace,
@@ -144,7 +148,7 @@ def test_lists_far_longer_than_the_ring(agreement):
 
 def test_interleavings_change_no_bits():
     q, k, v, mask = make(4, 1, 2, 256, 640, 0.5, 0.5)
-    first = run_pairs(q, k, v, mask, form=PairForm(5, False, True), seed=0, programs=1)
+    first = run_pairs(q, k, v, mask, form=PairForm(5, False, True, 1), seed=0, programs=1)
     for seed, form in enumerate(sorted(FORMS)):
         got = run_pairs(q, k, v, mask, form=form, seed=seed, programs=3)
         assert torch.equal(got[0], first[0])
@@ -163,7 +167,7 @@ def never_free(turn, full, empty, RING):
 @pytest.mark.parametrize("mistake", [free_unseen, never_free])
 def test_mistakes_are_found(mistake):
     q, k, v, mask = make(5, 1, 1, 256, 1280, 0.5, 0.0)
-    form = PairForm(3, False, True)
+    form = PairForm(3, False, True, 1)
 
     def run(seed):
         got = run_pairs(q, k, v, mask, form=form, seed=seed, replace={"_let_pass": mistake})
@@ -181,7 +185,7 @@ def test_mistakes_are_found(mistake):
 def test_two_stages_are_too_few():
     q, k, v, mask = make(7, 1, 1, 128, 1280, 0.5, 0.0)
     with pytest.raises(Deadlock, match="nobody can go on: consumer 0"):
-        run_pairs(q, k, v, mask, form=PairForm(2, False, False), seed=0)
+        run_pairs(q, k, v, mask, form=PairForm(2, False, False, 1), seed=0)
 
 
 @pytest.mark.parametrize("seed", range(3))

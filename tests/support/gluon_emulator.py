@@ -312,12 +312,16 @@ def warpgroup_mma(a, b, accumulator, use_acc=True, is_async=False):
     assert is_async
     role, product = _here.role, _Product()
     role.pause()
+    a, shared = (a.data.clone(), a) if isinstance(a, Shared) else (a, None)
     before = b.data.clone()
     if isinstance(accumulator, _Product):
         raise AssertionError("an accumulator in flight was read")
 
     def land():
         assert _same(before, b.data), f"{b.label} overwritten under a product"
+        assert shared is None or _same(a, shared.data), (
+            f"{shared.label} overwritten under a product"
+        )
         product.result = a.float() @ before.float()
         if use_acc:
             product.result = accumulator + product.result
