@@ -82,7 +82,7 @@ def pass_turn(on, TURNS: gl.constexpr, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _field(word, SHIFT: gl.constexpr, BITS: gl.constexpr):
+def field(word, SHIFT: gl.constexpr, BITS: gl.constexpr):
     return ((word >> SHIFT) & ((1 << BITS) - 1)).to(gl.int32)
 
 
@@ -93,7 +93,7 @@ def _position(i, start, before, turns, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _let_pass(turn, full, empty, RING: gl.constexpr):
+def let_pass(turn, full, empty, RING: gl.constexpr):
     """Free a stage that is not this consumer's, once it is filled: earlier, two laps could not be told apart."""
     mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
     mbarrier.arrive(empty.index(turn % RING), count=1)
@@ -121,10 +121,11 @@ def _add_values(
 
 
 @gluon.jit
-def _take_over(work, work_full, work_empty, slot, phase, GROUP: gl.constexpr):
-    """Consumer: the producer's draw and this row's numbers."""
+def take_over_pair(work, work_full, work_empty, rows, GROUP: gl.constexpr):
+    """Consumer: the producer's draw number `rows` and this row's numbers."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    mbarrier.wait(work_full.index(slot), phase)
+    slot = rows & 1
+    mbarrier.wait(work_full.index(slot), (rows >> 1) & 1)
     item = gl.max(work.index(slot * 3).load(LAYOUT), 0)
     word = gl.max(work.index(slot * 3 + 1 + GROUP).load(LAYOUT), 0)
     mbarrier.arrive(work_empty.index(slot), count=1)
@@ -175,18 +176,18 @@ def _consumer(
     qk_scale = scale * LOG2E
     if TURNS and GROUP == 1:
         assembly("bar.arrive 9, 256; mov.u32 $0, 0;")
-    item, word = _take_over(work, work_full, work_empty, 0, 0, GROUP)
+    item, word = take_over_pair(work, work_full, work_empty, rows, GROUP)
     while item >= 0:
         total = (item >> 32).to(gl.int32)
         i_row = item.to(gl.int32)
         i_b, i_h, i_p = place(i_row, num_heads, pairs)
-        count = _field(word, 0, FIELD)
-        before = _field(word, FIELD, FIELD)
-        turns = _field(word, 2 * FIELD, FIELD)
-        visible = _field(word, 3 * FIELD, 7)
-        start = _field(word, 3 * FIELD + 7, 1)
-        lead = _field(word, 3 * FIELD + 8, 1)
-        idle = _field(word, 3 * FIELD + 9, 1)
+        count = field(word, 0, FIELD)
+        before = field(word, FIELD, FIELD)
+        turns = field(word, 2 * FIELD, FIELD)
+        visible = field(word, 3 * FIELD, 7)
+        start = field(word, 3 * FIELD + 7, 1)
+        lead = field(word, 3 * FIELD + 8, 1)
+        idle = field(word, 3 * FIELD + 9, 1)
         o_m = i_p * 128 + GROUP * 64 + gl.arange(0, 64, layout=ROW_S)
         b_o = gl.zeros([64, BLOCK_D], gl.float32, O_LAYOUT)
 
@@ -197,7 +198,7 @@ def _consumer(
             mbarrier.arrive(q_empty.index(GROUP), count=1)
         turn = first + _position(0, start, before, turns, GROUP)
         for other in range(first, turn):
-            _let_pass(other, full, empty, RING)
+            let_pass(other, full, empty, RING)
         mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
         both = (before > lead) & (lead == 0)
         take_turn(both, TURNS, GROUP)
@@ -224,7 +225,7 @@ def _consumer(
             held = turn % RING
             following = first + _position(i, start, before, turns, GROUP)
             if following > turn + 1:
-                _let_pass(turn + 1, full, empty, RING)
+                let_pass(turn + 1, full, empty, RING)
             turn = following
             stage = turn % RING
             phase = (turn // RING) & 1
@@ -274,24 +275,36 @@ def _consumer(
         tma.async_copy_shared_to_global(out_desc, [i_b, i_h, i_p * 128 + GROUP * 64, 0], out_smem)
         # What only the other row still wants
         for other in range(turn + 1, first + total):
-            _let_pass(other, full, empty, RING)
+            let_pass(other, full, empty, RING)
         if ALIAS:
             # The output leaves through Q's buffer: the next Q may only land once it has been read.
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(GROUP), count=1)
         first += total
         rows += 1
-        item, word = _take_over(work, work_full, work_empty, rows & 1, (rows >> 1) & 1, GROUP)
+        item, word = take_over_pair(work, work_full, work_empty, rows, GROUP)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _draw_pair(t, order_ptr, totals_ptr, rows_ptr, stride_b, stride_h, num_heads, pairs, num_draws):
+def draw_pair(t, order_ptr, totals_ptr, rows_ptr, stride_b, stride_h, num_heads, pairs, num_draws):
     """Pair number `t` of the grid's order: its item, its place among the walks, the numbers of its rows."""
     item = draw(t, order_ptr, totals_ptr, num_draws)
     i_b, i_h, i_p = place(gl.maximum(item, 0).to(gl.int32), num_heads, pairs)
     walk = i_b.to(gl.int64) * stride_b + i_h.to(gl.int64) * stride_h + i_p
     return item, walk, gl.load(rows_ptr + walk * 2), gl.load(rows_ptr + walk * 2 + 1)
+
+
+@gluon.jit
+def hand_over_pair(item, word_0, word_1, work, work_full, work_empty, rows):
+    """Producer: pass its draw number `rows` and the numbers of both rows to the consumers."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    slot = rows & 1
+    mbarrier.wait(work_empty.index(slot), ((rows >> 1) & 1) ^ 1)
+    work.index(slot * 3).store(gl.full([1], item, gl.int64, LAYOUT))
+    work.index(slot * 3 + 1).store(gl.full([1], word_0, gl.int64, LAYOUT))
+    work.index(slot * 3 + 2).store(gl.full([1], word_1, gl.int64, LAYOUT))
+    mbarrier.arrive(work_full.index(slot), count=1)
 
 
 @gluon.jit
@@ -325,19 +338,13 @@ def _produce(
     """Follow the walks with TMA: stage u of the ring gets K and V of block u."""
     BLOCK_N: gl.constexpr = 64
     BYTES: gl.constexpr = k_desc.block_type.nbytes + v_desc.block_type.nbytes
-    WORD: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     turn = 0
     rows = 0
-    item, walk, word_0, word_1 = _draw_pair(
+    item, walk, word_0, word_1 = draw_pair(
         gl.program_id(0), order_ptr, totals_ptr, rows_ptr, stride_b, stride_h, num_heads, pairs, num_draws
     )  # fmt: skip
     while item >= 0:
-        slot = rows & 1
-        mbarrier.wait(work_empty.index(slot), ((rows >> 1) & 1) ^ 1)
-        work.index(slot * 3).store(gl.full([1], item, gl.int64, WORD))
-        work.index(slot * 3 + 1).store(gl.full([1], word_0, gl.int64, WORD))
-        work.index(slot * 3 + 2).store(gl.full([1], word_1, gl.int64, WORD))
-        mbarrier.arrive(work_full.index(slot), count=1)
+        hand_over_pair(item, word_0, word_1, work, work_full, work_empty, rows)
         total = (item >> 32).to(gl.int32)
         i_b, i_h, i_p = place(item.to(gl.int32), num_heads, pairs)
         p_walk = walk_ptr + walk * kv_blocks
@@ -364,14 +371,11 @@ def _produce(
                     )
                 # The consumers have a block to work on while the next draw is on its way.
                 t = gl.num_programs(0) + gl.atomic_add(draw_ptr, 1)
-                item, walk, word_0, word_1 = _draw_pair(
+                item, walk, word_0, word_1 = draw_pair(
                     t, order_ptr, totals_ptr, rows_ptr, stride_b, stride_h, num_heads, pairs, num_draws
                 )  # fmt: skip
         rows += 1
-    slot = rows & 1
-    mbarrier.wait(work_empty.index(slot), ((rows >> 1) & 1) ^ 1)
-    work.index(slot * 3).store(gl.full([1], item, gl.int64, WORD))
-    mbarrier.arrive(work_full.index(slot), count=1)
+    hand_over_pair(item, word_0, word_1, work, work_full, work_empty, rows)
 
 
 # Sizes differ from call to call and gain nothing from specialisation: one binary serves every shape.

@@ -170,7 +170,7 @@ def test_mistakes_are_found(mistake):
     form = PairForm(3, False, True, 1)
 
     def run(seed):
-        got = run_pairs(q, k, v, mask, form=form, seed=seed, replace={"_let_pass": mistake})
+        got = run_pairs(q, k, v, mask, form=form, seed=seed, replace={"let_pass": mistake})
         assert_right(*got, q, k, v, mask)
 
     found = 0
