@@ -9,6 +9,7 @@ from sparsediff.block_mask import BlockMask
 from sparsediff.kernels import _block_sparse_triton, block_lists, block_pairs
 from sparsediff.kernels._block_sparse_gluon import multiprocessors, tma_descriptor
 from sparsediff.kernels._block_sparse_pair_sm90 import block_sparse_pairs_sm90
+from sparsediff.kernels._block_sparse_pair_wide_sm90 import block_sparse_wide_pairs_sm90
 from sparsediff.kernels.launcher import aligned, launch_kernel
 from sparsediff.kernels.tuning import PairForm, hopper_pair_form
 
@@ -79,7 +80,7 @@ def launch(
     stride_h = num_pairs if made_heads > 1 else 0
     block_d = 64 if head_dim == 64 else 128
     launch_kernel(
-        block_sparse_pairs_sm90,
+        block_sparse_wide_pairs_sm90 if form.wide else block_sparse_pairs_sm90,
         (min(form.programs * multiprocessors(device), len(totals)),),
         (device, query.dtype, block_d, form, kv_lengths is None, want_lse, aligned(*pairs)),
         (

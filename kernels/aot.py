@@ -230,6 +230,7 @@ def hopper_pairs(
 ) -> Compiled:
     """Compile the Hopper kernel for pairs of 64-row blocks, in another `form` than the shipped one for trials."""
     from sparsediff.kernels._block_sparse_pair_sm90 import block_sparse_pairs_sm90
+    from sparsediff.kernels._block_sparse_pair_wide_sm90 import block_sparse_wide_pairs_sm90
 
     block_d = 64 if head_dim == 64 else 128
     form = form or hopper_pair_form(block_d)
@@ -240,12 +241,16 @@ def hopper_pairs(
         "WITH_LSE": lse,
     }
     boxes = dict.fromkeys(("q_desc", "k_desc", "v_desc", "out_desc"), (dtype, 64, block_d))
-    name = f"hopper pairs {dtype} D{head_dim} 128x64 ring {form.ring}"
-    flags = {"alias": form.alias, "turns": form.turns, "two programs": form.programs == 2}
+    name = f"hopper pairs {dtype} D{head_dim} 128x{128 if form.wide else 64} ring {form.ring}"
+    flags = {
+        "alias": form.alias,
+        "turns": form.turns,
+        "two programs": form.programs == 2,
+        "wide": form.wide,
+    }
+    kernel = block_sparse_wide_pairs_sm90 if form.wide else block_sparse_pairs_sm90
     name = _named(name, **flags, lengths=lengths, lse=lse)
-    return _compile_gluon(
-        name, block_sparse_pairs_sm90, boxes, constants, maxnreg=form.registers[0]
-    )
+    return _compile_gluon(name, kernel, boxes, constants, maxnreg=form.registers[0])
 
 
 def hopper_8bit(dtype: str, *, fp8_pv: bool, byproducts: bool) -> Compiled:
@@ -361,14 +366,14 @@ def _compile(name: str, arch: str, source: ASTSource, options: dict) -> Compiled
 
 
 def overlapped_exponentials(instructions: list[str]) -> tuple[int, ...]:
-    """For each wait that leaves one product in flight: exponentials issued before the wait for that product.
+    """For each wait that leaves products in flight: exponentials issued before the wait for those.
 
     Nothing in PTX orders arithmetic against that wait, so ptxas may sink the exponentials past it; then a warpgroup's
     softmax no longer hides its own PV although the source says so.
     """
     counts, counting = [], False
     for line in instructions:
-        if "DEPBAR.LE gsb0, 0x1" in line:
+        if re.search(r"DEPBAR.LE gsb0, 0x[12]\b", line):
             counts.append(0)
             counting = True
         elif "DEPBAR.LE gsb0, 0x0" in line:
@@ -440,6 +445,8 @@ def every_kernel(arch: str) -> Iterator[Compiled]:
         yield hopper_attention("bf16", 128, 128, byproducts=True, lse_prev=True)
         for head_dim, more in product((64, 128), (False, True)):
             yield hopper_pairs("bf16", head_dim, lengths=more, lse=more)
+        yield hopper_pairs("bf16", 128, form=PairForm(5, False, True))
+        yield hopper_pairs("bf16", 64, form=PairForm(5, False, True, wide=True))
         yield pair_joining(arch)
         for fp8_pv, byproducts in product((False, True), (False, True)):
             yield hopper_8bit("bf16", fp8_pv=fp8_pv, byproducts=byproducts)

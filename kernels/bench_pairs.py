@@ -34,8 +34,16 @@ PAIR_SHAPES = {
 }
 # Other forms than the one that runs, by head size
 TRIALS = {
-    128: (PairForm(6, True, True, 1), PairForm(5, False, False, 1), PairForm(6, True, False, 1)),
-    64: (PairForm(8, False, True, 1), PairForm(8, False, False, 1), PairForm(5, True, False, 2)),
+    128: (
+        PairForm(5, False, True),
+        PairForm(5, False, False),
+        PairForm(6, True, True),
+    ),
+    64: (
+        PairForm(8, False, True),
+        PairForm(8, False, False),
+        PairForm(5, False, True, wide=True),
+    ),
 }
 
 
@@ -75,7 +83,7 @@ def check_long_lists() -> Iterator[dict]:
 
 
 def check_call(sizes: tuple[int, int, int, int], head_dim: int, dtype: torch.dtype) -> dict:
-    """One call of one size; also in the forms that are only tried, which must give the same bits."""
+    """One call of one size; also in the forms that are only tried."""
     q, k, v, mask, kv_lengths, baseline = make_case(sizes, head_dim, BLOCK, dtype)
     with poisoned_memory():
         run = partial(attend_blocks, q, k, v, mask, backend="gluon_pairs", kv_lengths=kv_lengths)
@@ -113,7 +121,8 @@ def check_call(sizes: tuple[int, int, int, int], head_dim: int, dtype: torch.dty
     budget = 2 * floor + torch.finfo(dtype).eps * exact[0].abs().max().item()
     finite = exact[1].isfinite()
     lse_error = (got.lse.double() - exact[1])[finite].abs().max().item() if finite.any() else 0.0
-    same = all(torch.equal(x, got.out) for x in (plain, again.out, *(t[0] for t in trials)))
+    same = all(torch.equal(x, got.out) for x in (plain, again.out))
+    trial_error = max((out.double() - exact[0]).abs().max().item() for out, _ in trials)
     return {
         "kind": "check",
         "backend": "gluon_pairs",
@@ -122,13 +131,15 @@ def check_call(sizes: tuple[int, int, int, int], head_dim: int, dtype: torch.dty
         "dtype": str(dtype).removeprefix("torch."),
         "sizes": list(sizes),
         "ok": joined
-        and error <= budget
+        and max(error, trial_error) <= budget
         and bool(got.out.isfinite().all())
         and lse_error < 1e-3
         and torch.equal(got.lse.isinf(), exact[1].isinf())
         and same
-        and all(torch.equal(t[1], got.lse) for t in (again[:2], *trials)),
+        and torch.equal(again.lse, got.lse)
+        and all(torch.allclose(lse, got.lse, rtol=1e-4, atol=1e-4) for _, lse in trials),
         "error": error,
+        "trial_error": trial_error,
         "pytorch_error": floor,
         "budget": budget,
         "lse_error": lse_error,

@@ -76,12 +76,13 @@ def hopper_ring(block_n: int, block_d: int) -> tuple[int, bool]:
 
 
 class PairForm(NamedTuple):
-    """How the Hopper kernel for pairs of 64-row blocks is cut."""
+    """How the Hopper kernels for pairs of 64-row blocks are cut."""
 
     ring: int  # stages, each K and V of one block: 32 KB, or 16 KB at head size 64
     alias: bool  # the output shares Q's buffers
     turns: bool  # the warpgroups take turns on the tensor cores where both have the block
-    programs: int  # on a multiprocessor at a time: 1, or at head size 64 also 2 (with `alias`)
+    programs: int = 1  # on a multiprocessor at a time, or at head size 64 also 2 (with `alias`)
+    wide: bool = False  # tiles of two blocks: stages are twice as large, and the warpgroups always take turns
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -91,6 +92,8 @@ class PairForm(NamedTuple):
     @property
     def constants(self) -> dict[str, int]:
         """Compile-time arguments.  Two programs hide each other's waits, and have no registers to overlap anything."""
+        if self.wide:
+            return {"RING": self.ring, "ALIAS": self.alias}
         return {
             "RING": self.ring,
             "ALIAS": self.alias,
@@ -103,7 +106,9 @@ class PairForm(NamedTuple):
 
 def hopper_pair_form(block_d: int) -> PairForm:
     """The one that runs; never timed."""
-    return PairForm(5, False, True, 1) if block_d == 128 else PairForm(6, True, False, 2)
+    if block_d == 64:
+        return PairForm(6, True, False, programs=2)
+    return PairForm(3, True, True, wide=True)
 
 
 def hopper_8bit_ring(fp8_pv: bool) -> int:

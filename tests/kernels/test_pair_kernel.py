@@ -12,6 +12,7 @@ from gluon_emulator import Deadlock, Descriptor, Pointer, mbarrier, run_kernel
 from sparsediff.block_mask import BlockMask
 from sparsediff.kernels import block_lists, block_pairs
 from sparsediff.kernels._block_sparse_pair_sm90 import block_sparse_pairs_sm90
+from sparsediff.kernels._block_sparse_pair_wide_sm90 import block_sparse_wide_pairs_sm90
 from sparsediff.kernels._block_sparse_reference import attend as reference
 from sparsediff.kernels._block_sparse_sm90 import block_sparse_fwd_sm90
 from sparsediff.kernels.tuning import PairForm, hopper_pair_form
@@ -20,9 +21,10 @@ DIM = 64
 FORMS = {
     hopper_pair_form(64),
     hopper_pair_form(128),
-    PairForm(6, True, True, 1),
-    PairForm(3, False, False, 1),
+    PairForm(5, False, True),
+    PairForm(3, True, False),
     PairForm(2, True, False, 2),
+    PairForm(2, False, True, wide=True),
 }
 
 
@@ -60,7 +62,7 @@ def run_pairs(q, k, v, mask, *, form, seed, kv_lengths=None, programs=2, replace
     out, lse = outputs(q)
     made_batch, made_heads, pairs = made.totals.shape
     run_kernel(
-        block_sparse_pairs_sm90,
+        block_sparse_wide_pairs_sm90 if form.wide else block_sparse_pairs_sm90,
         programs,
         seed,
         *map(descriptor, (q, k, v, out)),
@@ -148,11 +150,13 @@ def test_lists_far_longer_than_the_ring(agreement):
 
 def test_interleavings_change_no_bits():
     q, k, v, mask = make(4, 1, 2, 256, 640, 0.5, 0.5)
-    first = run_pairs(q, k, v, mask, form=PairForm(5, False, True, 1), seed=0, programs=1)
-    for seed, form in enumerate(sorted(FORMS)):
-        got = run_pairs(q, k, v, mask, form=form, seed=seed, programs=3)
-        assert torch.equal(got[0], first[0])
-        assert torch.equal(got[1], first[1])
+    for wide in (False, True):
+        forms = [form for form in sorted(FORMS) if form.wide == wide]
+        first = run_pairs(q, k, v, mask, form=forms[0], seed=0, programs=1)
+        for seed, form in enumerate(forms):
+            got = run_pairs(q, k, v, mask, form=form, seed=seed, programs=3)
+            assert torch.equal(got[0], first[0])
+            assert torch.equal(got[1], first[1])
 
 
 def free_unseen(turn, full, empty, RING):

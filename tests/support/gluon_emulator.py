@@ -314,8 +314,6 @@ def warpgroup_mma(a, b, accumulator, use_acc=True, is_async=False):
     role.pause()
     a, shared = (a.data.clone(), a) if isinstance(a, Shared) else (a, None)
     before = b.data.clone()
-    if isinstance(accumulator, _Product):
-        raise AssertionError("an accumulator in flight was read")
 
     def land():
         assert _same(before, b.data), f"{b.label} overwritten under a product"
@@ -324,7 +322,9 @@ def warpgroup_mma(a, b, accumulator, use_acc=True, is_async=False):
         )
         product.result = a.float() @ before.float()
         if use_acc:
-            product.result = accumulator + product.result
+            # One that is in flight itself comes earlier in this row of products.
+            before_it = accumulator.result if isinstance(accumulator, _Product) else accumulator
+            product.result = before_it + product.result
 
     role.products.append(land)
     return product
@@ -334,9 +334,9 @@ def warpgroup_mma_wait(pending, deps):
     """Wait until at most that many products are in flight; the result of one that has happened."""
     role = _here.role
     role.pause(lambda: len(role.products) <= pending, "products")
-    (product,) = deps
-    assert product.result is not None, "the product is still in flight"
-    return product.result
+    results = tuple(product.result for product in deps)
+    assert all(result is not None for result in results), "a product is still in flight"
+    return results[0] if len(results) == 1 else results
 
 
 def assembly(code, on=1):
