@@ -37,13 +37,18 @@ from sparsediff.kernels._hopper import (
     LOG2E,
     assembly,
     clear_past,
-    draw,
     lazy_maximum,
     place,
     rescale,
 )
-
-FIELD = gl.constexpr(17)  # `block_pairs.RowNumbers`, which says what a row's numbers are
+from sparsediff.kernels._hopper_pairs import (
+    FIELD,
+    draw_pair,
+    field,
+    hand_over_pair,
+    let_pass,
+    take_over_pair,
+)
 
 
 @gluon.jit
@@ -82,21 +87,9 @@ def pass_turn(on, TURNS: gl.constexpr, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def field(word, SHIFT: gl.constexpr, BITS: gl.constexpr):
-    return ((word >> SHIFT) & ((1 << BITS) - 1)).to(gl.int32)
-
-
-@gluon.jit
 def _position(i, start, before, turns, GROUP: gl.constexpr):
     """Where in the walk of a pair a row's own block `i` is: one of the other row stands before each of the `turns`."""
     return start + i + gl.minimum(gl.maximum(i - before + GROUP, 0), turns)
-
-
-@gluon.jit
-def let_pass(turn, full, empty, RING: gl.constexpr):
-    """Free a stage that is not this consumer's, once it is filled: earlier, two laps could not be told apart."""
-    mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
-    mbarrier.arrive(empty.index(turn % RING), count=1)
 
 
 @gluon.jit
@@ -118,18 +111,6 @@ def _add_values(
     b_o = warpgroup_mma_wait(0, deps=(b_o,))
     mbarrier.arrive(empty.index(stage), count=1)
     return b_o
-
-
-@gluon.jit
-def take_over_pair(work, work_full, work_empty, rows, GROUP: gl.constexpr):
-    """Consumer: the producer's draw number `rows` and this row's numbers."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    slot = rows & 1
-    mbarrier.wait(work_full.index(slot), (rows >> 1) & 1)
-    item = gl.max(work.index(slot * 3).load(LAYOUT), 0)
-    word = gl.max(work.index(slot * 3 + 1 + GROUP).load(LAYOUT), 0)
-    mbarrier.arrive(work_empty.index(slot), count=1)
-    return item, word
 
 
 @gluon.jit
@@ -284,27 +265,6 @@ def _consumer(
         rows += 1
         item, word = take_over_pair(work, work_full, work_empty, rows, GROUP)
     tma.store_wait(0)
-
-
-@gluon.jit
-def draw_pair(t, order_ptr, totals_ptr, rows_ptr, stride_b, stride_h, num_heads, pairs, num_draws):
-    """Pair number `t` of the grid's order: its item, its place among the walks, the numbers of its rows."""
-    item = draw(t, order_ptr, totals_ptr, num_draws)
-    i_b, i_h, i_p = place(gl.maximum(item, 0).to(gl.int32), num_heads, pairs)
-    walk = i_b.to(gl.int64) * stride_b + i_h.to(gl.int64) * stride_h + i_p
-    return item, walk, gl.load(rows_ptr + walk * 2), gl.load(rows_ptr + walk * 2 + 1)
-
-
-@gluon.jit
-def hand_over_pair(item, word_0, word_1, work, work_full, work_empty, rows):
-    """Producer: pass its draw number `rows` and the numbers of both rows to the consumers."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    slot = rows & 1
-    mbarrier.wait(work_empty.index(slot), ((rows >> 1) & 1) ^ 1)
-    work.index(slot * 3).store(gl.full([1], item, gl.int64, LAYOUT))
-    work.index(slot * 3 + 1).store(gl.full([1], word_0, gl.int64, LAYOUT))
-    work.index(slot * 3 + 2).store(gl.full([1], word_1, gl.int64, LAYOUT))
-    mbarrier.arrive(work_full.index(slot), count=1)
 
 
 @gluon.jit

@@ -22,14 +22,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparsediff.kernels._block_sparse_pair_sm90 import (
-    FIELD,
-    draw_pair,
-    field,
-    hand_over_pair,
-    let_pass,
-    take_over_pair,
-)
 from sparsediff.kernels._hopper import (
     LN2,
     LOG2E,
@@ -40,6 +32,14 @@ from sparsediff.kernels._hopper import (
     place,
     rescale,
     take_turn,
+)
+from sparsediff.kernels._hopper_pairs import (
+    FIELD,
+    draw_pair,
+    field,
+    hand_over_pair,
+    let_pass,
+    take_over_pair,
 )
 
 
