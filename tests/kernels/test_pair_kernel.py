@@ -8,14 +8,27 @@ from hypothesis import strategies as st
 pytest.importorskip("triton.experimental.gluon")
 
 from gluon_emulator import Deadlock, Descriptor, Pointer, mbarrier, run_kernel
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsediff.block_mask import BlockMask
-from sparsediff.kernels import block_lists, block_pairs
+from sparsediff.kernels import (
+    _block_sparse_pair_gluon,
+    _block_sparse_triton,
+    block_lists,
+    block_pairs,
+    tuning,
+)
 from sparsediff.kernels._block_sparse_pair_sm90 import block_sparse_pairs_sm90
 from sparsediff.kernels._block_sparse_pair_wide_sm90 import block_sparse_wide_pairs_sm90
 from sparsediff.kernels._block_sparse_reference import attend as reference
 from sparsediff.kernels._block_sparse_sm90 import block_sparse_fwd_sm90
+from sparsediff.kernels.attention import _why_not_triton, select_backend
 from sparsediff.kernels.tuning import PairForm, hopper_pair_form
+
+interpreted = pytest.mark.skipif(
+    bool(_why_not_triton(torch.device("cpu"), torch.float32, 64, (64, 64))),
+    reason="needs TRITON_INTERPRET=1 (make test sets it)",
+)
 
 DIM = 64
 FORMS = {
@@ -28,11 +41,11 @@ FORMS = {
 }
 
 
-def make(seed, batch, heads, seq_q, seq_k, density, agreement, block=(64, 64)):
+def make(seed, batch, heads, seq_q, seq_k, density, agreement, *, block=(64, 64), dim=DIM):
     """Inputs, and a mask whose neighbouring rows agree in about that share of their blocks."""
     g = torch.Generator().manual_seed(seed)
     q, k, v = (
-        torch.randn(batch, s, heads, DIM, generator=g).bfloat16() for s in (seq_q, seq_k, seq_k)
+        torch.randn(batch, s, heads, dim, generator=g).bfloat16() for s in (seq_q, seq_k, seq_k)
     )
     rows, columns = -(-seq_q // block[0]), -(-seq_k // block[1])
     keep = torch.rand(batch, heads, rows, columns, generator=g) < density
@@ -93,7 +106,7 @@ def assert_right(out, lse, q, k, v, mask, kv_lengths=None):
     exact, exact_lse, _, _ = reference(
         *(x.double() for x in (q, k, v)),
         mask,
-        scale=DIM**-0.5,
+        scale=q.shape[-1] ** -0.5,
         kv_lengths=kv_lengths,
         want_lse=True,
     )
@@ -190,6 +203,58 @@ def test_two_stages_are_too_few():
     q, k, v, mask = make(7, 1, 1, 128, 1280, 0.5, 0.0)
     with pytest.raises(Deadlock, match="nobody can go on: consumer 0"):
         run_pairs(q, k, v, mask, form=PairForm(2, False, False, 1), seed=0)
+
+
+def emulate(kernel, grid, form, arguments, **constants):
+    """`launch_kernel` on the emulator."""
+
+    def known(x):
+        if isinstance(x, TensorDescriptor):
+            view = x.base.as_strided(x.shape, x.strides)
+            return Descriptor(view, *x.block_shape[2:])
+        return Pointer(x.view(-1)) if isinstance(x, torch.Tensor) else x
+
+    options = {name: constants.pop(name) for name in ("num_warps", "maxnreg")}
+    assert options["num_warps"] == 4
+    run_kernel(kernel, grid[0], 0, *map(known, arguments), **constants)
+
+
+@interpreted
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("lengths", [None, (250, 64)])
+def test_the_launcher_hands_over_what_the_kernel_takes(monkeypatch, head_dim, lengths):
+    monkeypatch.setattr(_block_sparse_pair_gluon, "launch_kernel", emulate)
+    monkeypatch.setattr(_block_sparse_pair_gluon, "multiprocessors", lambda device: 2)
+    q, k, v, mask = make(8, 2, 2, 200, 333, 0.6, 0.5, dim=head_dim)
+    lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    for shared in (False, True):
+        if shared:
+            lists = mask.kv_num_blocks[:1, :1], mask.kv_indices[:1, :1]
+            mask = BlockMask(*lists, mask.block_size, mask.seq_lengths)
+        got = _block_sparse_pair_gluon.attend(
+            q, k, v, mask, scale=head_dim**-0.5, kv_lengths=lengths, want_lse=True
+        )
+        assert_right(*got[:2], q, k, v, mask, lengths)
+        assert got[2:] == (None, None)
+
+
+@interpreted
+def test_votes_and_mass_come_from_the_portable_kernel():
+    q, k, v, mask = make(9, 1, 2, 130, 200, 0.6, 0.5)
+    options = {"scale": 0.125, "vote_threshold": -1.0, "want_mass": True}
+    got = _block_sparse_pair_gluon.attend(q.half(), k.half(), v.half(), mask, **options)
+    want = _block_sparse_triton.attend(q.half(), k.half(), v.half(), mask, **options)
+    assert torch.equal(got[2], want[2])
+    assert torch.equal(got[3], want[3])
+
+
+def test_what_keeps_it_from_serving_is_told():
+    assert tuning.why_not_hopper_pairs((9, 0), 16, 128, (64, 64)) == ""
+    assert "blocks of (64, 64)" in tuning.why_not_hopper_pairs((9, 0), 16, 128, (128, 128))
+    assert "head_dim 64, 96 and 128" in tuning.why_not_hopper_pairs((9, 0), 16, 256, (64, 64))
+    assert "compute capability 9.x" in tuning.why_not_hopper_pairs((8, 0), 16, 128, (64, 64))
+    with pytest.raises(ValueError, match="backend 'gluon_pairs' cannot run here: needs a CUDA"):
+        select_backend("cpu", torch.bfloat16, 128, (64, 64), "gluon_pairs")
 
 
 @pytest.mark.parametrize("seed", range(3))
