@@ -140,6 +140,11 @@ def _consumer(
         if WITH_VOTE:
             following = gl.where(count > 1, gl.load(p_list + gl.maximum(count - 2, 0)), 0)
 
+        b_norm = b_l
+        if HAS_LSE_PREV:
+            p_norm = lse_prev_ptr + (i_row // q_blocks).to(gl.int64) * seq_q + o_m
+            b_norm = gl.load(p_norm, mask=o_m < seq_q, other=0.0)
+
         # The first tile, the only one that can be ragged
         mbarrier.wait(q_full.index(GROUP), rows & 1)
         b_q = q_smem.load(Q_LAYOUT)
@@ -165,12 +170,8 @@ def _consumer(
             i_space = (gl.program_id(0) * 2 + (rows & 1)).to(gl.int64)
             p_space = space_ptr + i_space * (kv_blocks + 1) * WIDTH
             p_left = p_space + (GROUP * 64 + gl.arange(0, 64, layout=ROW_S)) * WIDTH // 128
-            b_norm = b_l
-            if HAS_LSE_PREV:
-                p_norm = lse_prev_ptr + (i_row // q_blocks).to(gl.int64) * seq_q + o_m
-                b_norm = gl.load(p_norm, mask=o_m < seq_q, other=0.0) * LOG2E
-                b_norm = mass_norm(b_norm, o_m, seq_q)
-            leave_mass(p_left, b_l, b_m, b_norm, HAS_LSE_PREV)
+            b_norm = mass_norm(b_norm * LOG2E, o_m, seq_q)
+        b_sum = b_l
         turn += 1
         mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
         if HAS_LENGTHS and current * BLOCK_N + BLOCK_N > length:
@@ -184,6 +185,10 @@ def _consumer(
             # Rescaling the output hides under the product that has begun.  ptxas would hoist it but for a new basic block:
             # this wait is over already.
             mbarrier.wait(full.index(stage), (turn // RING) & 1)
+            if WITH_MASS:
+                # Of the tile before, whose softmax it would lengthen; here it hides as well.
+                leave_mass(p_left, b_sum, b_m, b_norm, HAS_LSE_PREV)
+                p_left += WIDTH
             b_o = rescale(b_o, b_alpha)
             b_o = warpgroup_mma(
                 b_pd, v_bufs.index(stage).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
@@ -201,9 +206,6 @@ def _consumer(
             b_sum = gl.sum(b_p, 1)
             b_l = b_l * b_alpha + b_sum
             b_m = b_m_new
-            if WITH_MASS:
-                p_left += WIDTH
-                leave_mass(p_left, b_sum, b_m, b_norm, HAS_LSE_PREV)
             turn += 1
             mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
             b_o = warpgroup_mma_wait(0, deps=(b_o,))
@@ -233,6 +235,7 @@ def _consumer(
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(GROUP), count=1)
         if WITH_MASS:
+            leave_mass(p_left, b_sum, b_m, b_norm, HAS_LSE_PREV)
             if not HAS_LSE_PREV:
                 gl.store(p_left + WIDTH, mass_norm(b_m + log2(b_l), o_m, seq_q))
             p_mass = mass_ptr + i_row.to(gl.int64) * kv_blocks
