@@ -30,12 +30,14 @@ from sparsediff.kernels._hopper import (
     leave_mass,
     log2,
     mass_norm,
+    mass_place,
     pass_turn,
     place,
     produce,
     rescale,
     row_list,
     store_mass,
+    store_pair,
     store_vote,
     take_over,
     take_turn,
@@ -236,13 +238,13 @@ def _consumer(
         if WITH_MASS:
             i_space = (gl.program_id(0) * 2 + (rows & 1)).to(gl.int64)
             p_space = space_ptr + i_space * (kv_blocks + 1) * WIDTH
-            p_left = p_space + (GROUP * 64 + gl.arange(0, 64, layout=ROW_S)) * WIDTH // 128
+            b_left = mass_place(p_space, GROUP, ROW_S, HAS_LSE_PREV)
             b_norm = b_l
             if HAS_LSE_PREV:
                 p_norm = lse_prev_ptr + i_bh * seq_q + o_m
                 b_norm = gl.load(p_norm, mask=o_m < seq_q, other=0.0) * LOG2E
                 b_norm = mass_norm(b_norm, o_m, seq_q)
-            leave_mass(p_left, b_l, b_m, b_norm, HAS_LSE_PREV)
+            leave_mass(b_left, b_l, b_m, b_norm, HAS_LSE_PREV)
         turn += 1
         mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
         b_pd = _pack(b_p, P_DTYPE, FP8_PV, P_LAYOUT)
@@ -276,8 +278,8 @@ def _consumer(
             b_l = b_l * b_alpha_new + b_sum
             b_m = b_m_new
             if WITH_MASS:
-                p_left += WIDTH
-                leave_mass(p_left, b_sum, b_m, b_norm, HAS_LSE_PREV)
+                b_left += WIDTH * 4
+                leave_mass(b_left, b_sum, b_m, b_norm, HAS_LSE_PREV)
             turn += 1
             mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
             b_pv = warpgroup_mma_wait(0, deps=(b_pv,))
@@ -316,7 +318,7 @@ def _consumer(
         tma.async_copy_shared_to_global(out_desc, [i_b, i_h, i_m * 128 + GROUP * 64, 0], out_smem)
         if WITH_MASS:
             if not HAS_LSE_PREV:
-                gl.store(p_left + WIDTH, mass_norm(b_m + log2(b_l), o_m, seq_q))
+                store_pair(mass_norm(b_m + log2(b_l), o_m, seq_q), b_left + WIDTH * 4)
             p_mass = mass_ptr + i_row.to(gl.int64) * kv_blocks
             store_mass(p_space, p_mass, p_list, count, HAS_LSE_PREV, GROUP)
         item = take_over(work, work_full, work_empty, rows & 1, (rows >> 1) & 1)

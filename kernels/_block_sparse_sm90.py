@@ -38,12 +38,14 @@ from sparsediff.kernels._hopper import (
     leave_mass,
     log2,
     mass_norm,
+    mass_place,
     pass_turn,
     place,
     produce,
     rescale,
     row_list,
     store_mass,
+    store_pair,
     store_vote,
     take_over,
     take_turn,
@@ -169,7 +171,7 @@ def _consumer(
         if WITH_MASS:
             i_space = (gl.program_id(0) * 2 + (rows & 1)).to(gl.int64)
             p_space = space_ptr + i_space * (kv_blocks + 1) * WIDTH
-            p_left = p_space + (GROUP * 64 + gl.arange(0, 64, layout=ROW_S)) * WIDTH // 128
+            b_left = mass_place(p_space, GROUP, ROW_S, HAS_LSE_PREV)
             b_norm = mass_norm(b_norm * LOG2E, o_m, seq_q)
         b_sum = b_l
         turn += 1
@@ -187,8 +189,8 @@ def _consumer(
             mbarrier.wait(full.index(stage), (turn // RING) & 1)
             if WITH_MASS:
                 # Of the tile before, whose softmax it would lengthen; here it hides as well.
-                leave_mass(p_left, b_sum, b_m, b_norm, HAS_LSE_PREV)
-                p_left += WIDTH
+                leave_mass(b_left, b_sum, b_m, b_norm, HAS_LSE_PREV)
+                b_left += WIDTH * 4
             b_o = rescale(b_o, b_alpha)
             b_o = warpgroup_mma(
                 b_pd, v_bufs.index(stage).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
@@ -235,9 +237,9 @@ def _consumer(
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(GROUP), count=1)
         if WITH_MASS:
-            leave_mass(p_left, b_sum, b_m, b_norm, HAS_LSE_PREV)
+            leave_mass(b_left, b_sum, b_m, b_norm, HAS_LSE_PREV)
             if not HAS_LSE_PREV:
-                gl.store(p_left + WIDTH, mass_norm(b_m + log2(b_l), o_m, seq_q))
+                store_pair(mass_norm(b_m + log2(b_l), o_m, seq_q), b_left + WIDTH * 4)
             p_mass = mass_ptr + i_row.to(gl.int64) * kv_blocks
             store_mass(p_space, p_mass, p_list, count, HAS_LSE_PREV, GROUP)
         item = take_over(work, work_full, work_empty, rows & 1, (rows >> 1) & 1)

@@ -177,17 +177,44 @@ def store_warp_sum(b_x, b_address):
 
 
 @gluon.jit
-def leave_mass(p_left, b_sum, b_m, b_norm, HAS_LSE_PREV: gl.constexpr):
-    """What a tile leaves in the workspace: row sums `b_sum` under the maxima `b_m`.
+def store_pair(b_x, b_address):
+    """Store a thread's two rows side by side at the first one's address; its quad brings the same."""
+    gl.inline_asm_elementwise(
+        "st.global.v2.f32 [$4], {$2, $3}; mov.b32 $0, 0; mov.b32 $1, 0;",
+        "=r,=r,f,f,l,l",
+        [b_x, b_address],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@gluon.jit
+def mass_place(p_space, GROUP: gl.constexpr, ROW: gl.constexpr, HAS_LSE_PREV: gl.constexpr):
+    """Where in a workspace the first tile leaves what: addresses by rows.
+
+    With a log-sum-exp at hand it is a number a warp, else one a row: rows 0 and 8 of a thread lie side by side.
+    """
+    o_m = gl.arange(0, 64, layout=ROW)
+    if HAS_LSE_PREV:
+        o_left = GROUP * 4 + o_m // 16
+    else:
+        o_left = GROUP * 64 + o_m // 16 * 16 + o_m % 8 * 2 + o_m // 8 % 2
+    return (p_space + o_left).to(gl.int64)
+
+
+@gluon.jit
+def leave_mass(b_left, b_sum, b_m, b_norm, HAS_LSE_PREV: gl.constexpr):
+    """What a tile leaves in the workspace at the addresses `b_left`: row sums `b_sum` under the maxima `b_m`.
 
     With a log-sum-exp at hand they are divided by it and summed over each warp's rows, else each row's logarithm is kept.
     """
     if HAS_LSE_PREV:
         # Bounded, so that a sum of 0 stays 0 whatever the log-sum-exp is.
         b_factor = gl.exp2(gl.minimum(b_m - b_norm, 126.0))
-        store_warp_sum(b_sum * b_factor, p_left.to(gl.int64))
+        store_warp_sum(b_sum * b_factor, b_left)
     else:
-        gl.store(p_left, b_m + log2(b_sum))
+        store_pair(b_m + log2(b_sum), b_left)
 
 
 @gluon.jit
