@@ -34,8 +34,10 @@ from sparsediff.kernels._hopper import (
     LOG2E,
     assembly,
     clear_past,
+    gather_votes,
     lazy_maximum,
     leave_mass,
+    load_entries,
     log2,
     mass_norm,
     mass_place,
@@ -46,7 +48,7 @@ from sparsediff.kernels._hopper import (
     row_list,
     store_mass,
     store_pair,
-    store_vote,
+    store_votes,
     take_over,
     take_turn,
     visible_keys,
@@ -131,17 +133,14 @@ def _consumer(
         b_m = gl.full([64], float("-inf"), gl.float32, ROW_S)
         b_l = gl.zeros([64], gl.float32, ROW_S)
         b_o = gl.zeros([64, BLOCK_D], gl.float32, O_LAYOUT)
+        b_votes = gl.zeros([64], gl.int32, ROW_S)
         if WITH_VOTE:
-            p_vote = (vote_ptr + i_row.to(gl.int64) * kv_blocks).to(gl.int64) + gl.zeros(
-                [64], gl.int64, ROW_S
-            )
+            vote_row = vote_ptr + i_row.to(gl.int64) * kv_blocks
             # Rows past the end of the sequence never pass.
             b_threshold = gl.where(o_m < seq_q, vote_threshold, float("inf"))
-            if GROUP == 0:
-                gl.store(vote_ptr + i_row.to(gl.int64) * kv_blocks + current, 1, mask=count > 0)
-        if WITH_VOTE:
-            following = gl.where(count > 1, gl.load(p_list + gl.maximum(count - 2, 0)), 0)
-
+            b_entries = load_entries(p_list, count - 1, ROW_S)
+            # The first block stays.
+            b_votes += (count > 0).to(gl.int32)
         b_norm = b_l
         if HAS_LSE_PREV:
             p_norm = lse_prev_ptr + (i_row // q_blocks).to(gl.int64) * seq_q + o_m
@@ -162,7 +161,8 @@ def _consumer(
             o_n = current * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
             b_s = gl.where((o_n < length)[None, :], b_s, float("-inf"))
         b_m = gl.max(b_s, 1) * qk_scale
-        b_best = b_m
+        if WITH_VOTE:
+            b_bar = b_m + b_threshold
         # An empty row leaves the maximum at -inf, and -inf - -inf is NaN.
         b_shift = gl.where(b_m == float("-inf"), 0.0, b_m)
         b_p = gl.exp2(b_s * qk_scale - b_shift[:, None])
@@ -187,6 +187,10 @@ def _consumer(
             # Rescaling the output hides under the product that has begun.  ptxas would hoist it but for a new basic block:
             # this wait is over already.
             mbarrier.wait(full.index(stage), (turn // RING) & 1)
+            if WITH_VOTE and (j & 31) == 0:
+                store_votes(b_votes, b_entries, vote_row)
+                b_entries = load_entries(p_list, count - 1 - j, ROW_S)
+                b_votes = gl.zeros([64], gl.int32, ROW_S)
             if WITH_MASS:
                 # Of the tile before, whose softmax it would lengthen; here it hides as well.
                 leave_mass(b_left, b_sum, b_m, b_norm, HAS_LSE_PREV)
@@ -199,9 +203,8 @@ def _consumer(
             b_s = warpgroup_mma_wait(1, deps=(b_s,))
             b_top = gl.max(b_s, 1) * qk_scale
             if WITH_VOTE:
-                store_vote(b_top - (b_best + b_threshold), p_vote + following)
-                b_best = gl.maximum(b_best, b_top)
-                following = gl.load(p_list + gl.maximum(count - 2 - j, 0))
+                b_votes = gather_votes(b_votes, b_top, b_bar, j)
+                b_bar = gl.maximum(b_bar, b_top + b_threshold)
             b_m_new = lazy_maximum(b_m, b_top)
             b_p = gl.exp2(b_s * qk_scale - b_m_new[:, None])
             b_alpha = gl.exp2(b_m - b_m_new)
@@ -214,6 +217,8 @@ def _consumer(
             mbarrier.arrive(empty.index(stage), count=1)
             b_pd = gl.convert_layout(b_p.to(DTYPE), P_LAYOUT)
 
+        if WITH_VOTE:
+            store_votes(b_votes, b_entries, vote_row)
         b_o = rescale(b_o, b_alpha)
         b_o = warpgroup_mma(
             b_pd, v_bufs.index(turn % RING).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True

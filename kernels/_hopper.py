@@ -131,6 +131,61 @@ def store_vote(b_gap, b_address):
 
 
 @gluon.jit
+def gather_votes(b_votes, b_top, b_bar, tile):
+    """Set bit `tile % 32` of a thread's votes if one of its two rows passes its bar."""
+    b_bit = gl.full([64], 1 << (tile & 31), gl.int32, b_votes.type.layout)
+    return gl.inline_asm_elementwise(
+        """{ .reg .pred p, q;
+        setp.gt.f32 p, $4, $6; setp.gt.or.f32 q, $5, $7, p;
+        mov.b32 $0, $2; @q or.b32 $0, $0, $8; mov.b32 $1, 0; }""",
+        "=&r,=r,r,r,f,f,f,f,r,r",
+        [b_votes, b_top, b_bar, b_bit],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def load_entries(p_list, last, LAYOUT: gl.constexpr):
+    """The blocks of 32 tiles, a lane a tile: lane 0 gets entry `last` of the list, the next ones those before it."""
+    return gl.inline_asm_elementwise(
+        """{ .reg .b32 l; .reg .b64 a;
+        mov.u32 l, %laneid; sub.s32 l, $4, l; max.s32 l, l, 0; mul.wide.s32 a, l, 4; add.s64 a, a, $2;
+        ld.global.b32 $0, [a]; mov.b32 $1, 0; }""",
+        "=r,=r,l,l,r,r",
+        [
+            gl.full([64], p_list.to(gl.int64), gl.int64, LAYOUT),
+            gl.full([64], last, gl.int32, LAYOUT),
+        ],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@gluon.jit
+def store_votes(b_votes, b_entries, vote_row):
+    """Store what 32 tiles have gathered, a lane a tile: 1 where any of the warp's rows has set the tile's bit."""
+    gl.inline_asm_elementwise(
+        """{ .reg .pred p; .reg .b32 v, l; .reg .b64 a;
+        redux.sync.or.b32 v, $2, 0xffffffff; mov.u32 l, %laneid;
+        shr.u32 v, v, l; and.b32 v, v, 1; setp.ne.u32 p, v, 0;
+        cvt.s64.s32 a, $4; add.s64 a, a, $6; @p st.global.u8 [a], v;
+        mov.b32 $0, 0; mov.b32 $1, 0; }""",
+        "=r,=r,r,r,r,r,l,l",
+        [
+            b_votes,
+            b_entries,
+            gl.full([64], vote_row.to(gl.int64), gl.int64, b_votes.type.layout),
+        ],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@gluon.jit
 def draw(t, order_ptr, kv_num_blocks_ptr, num_rows):
     """Query block number `t` of the walk, as row of the lists and its count in one number; -1 past the end."""
     item = gl.to_tensor(-1).to(gl.int64)
