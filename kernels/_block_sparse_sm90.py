@@ -51,6 +51,7 @@ from sparsediff.kernels._hopper import (
     store_votes,
     take_over,
     take_turn,
+    thread_sums,
     visible_keys,
 )
 
@@ -166,14 +167,13 @@ def _consumer(
         # An empty row leaves the maximum at -inf, and -inf - -inf is NaN.
         b_shift = gl.where(b_m == float("-inf"), 0.0, b_m)
         b_p = gl.exp2(b_s * qk_scale - b_shift[:, None])
-        b_l = gl.sum(b_p, 1)
+        b_parts = thread_sums(b_p)
         b_alpha = gl.full([64], 1.0, gl.float32, ROW_S)
         if WITH_MASS:
             i_space = (gl.program_id(0) * 2 + (rows & 1)).to(gl.int64)
             p_space = space_ptr + i_space * (kv_blocks + 1) * WIDTH
             b_left = mass_place(p_space, GROUP, ROW_S, HAS_LSE_PREV)
             b_norm = mass_norm(b_norm * LOG2E, o_m, seq_q)
-        b_sum = b_l
         turn += 1
         mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
         if HAS_LENGTHS and current * BLOCK_N + BLOCK_N > length:
@@ -187,12 +187,14 @@ def _consumer(
             # Rescaling the output hides under the product that has begun.  ptxas would hoist it but for a new basic block:
             # this wait is over already.
             mbarrier.wait(full.index(stage), (turn // RING) & 1)
+            # Sums of the tile before: their shuffles would lengthen its softmax, and hide here as well.
+            b_sum = gl.convert_layout(gl.sum(b_parts, 1), ROW_S)
+            b_l = b_l * b_alpha + b_sum
             if WITH_VOTE and (j & 31) == 0:
                 store_votes(b_votes, b_entries, vote_row)
                 b_entries = load_entries(p_list, count - 1 - j, ROW_S)
                 b_votes = gl.zeros([64], gl.int32, ROW_S)
             if WITH_MASS:
-                # Of the tile before, whose softmax it would lengthen; here it hides as well.
                 leave_mass(b_left, b_sum, b_m, b_norm, HAS_LSE_PREV)
                 b_left += WIDTH * 4
             b_o = rescale(b_o, b_alpha)
@@ -208,8 +210,7 @@ def _consumer(
             b_m_new = lazy_maximum(b_m, b_top)
             b_p = gl.exp2(b_s * qk_scale - b_m_new[:, None])
             b_alpha = gl.exp2(b_m - b_m_new)
-            b_sum = gl.sum(b_p, 1)
-            b_l = b_l * b_alpha + b_sum
+            b_parts = thread_sums(b_p)
             b_m = b_m_new
             turn += 1
             mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
@@ -219,6 +220,8 @@ def _consumer(
 
         if WITH_VOTE:
             store_votes(b_votes, b_entries, vote_row)
+        b_sum = gl.convert_layout(gl.sum(b_parts, 1), ROW_S)
+        b_l = b_l * b_alpha + b_sum
         b_o = rescale(b_o, b_alpha)
         b_o = warpgroup_mma(
             b_pd, v_bufs.index(turn % RING).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True

@@ -57,6 +57,13 @@ def rescale(b_o, b_alpha):
 
 
 @gluon.jit
+def thread_sums(b_p):
+    """Sums `[64, 4]` over what each thread of a quad has of a row, in the order of `gl.sum`, whose shuffles are left."""
+    b_x = b_p.reshape([64, b_p.shape[1] // 8, 4, 2]).permute((0, 2, 1, 3))
+    return gl.sum(b_x.reshape([64, 4, b_p.shape[1] // 4]), 2)
+
+
+@gluon.jit
 def lazy_maximum(b_m, b_top):
     """What rows of scores are exponentiated under, after a tile with the maxima `b_top`; any number serves that is near."""
     return gl.where(b_top > b_m + LAZY_GAP, b_top, b_m)
