@@ -32,14 +32,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparsediff.kernels._hopper import (
     LN2,
     LOG2E,
+    MASS_WIDTH,
     assembly,
     clear_past,
     gather_votes,
     lazy_maximum,
     leave_mass,
+    leave_norm,
     load_entries,
     log2,
-    mass_norm,
     mass_place,
     pass_turn,
     place,
@@ -47,7 +48,6 @@ from sparsediff.kernels._hopper import (
     rescale,
     row_list,
     store_mass,
-    store_pair,
     store_votes,
     take_over,
     take_turn,
@@ -111,8 +111,6 @@ def _consumer(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROW_S: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
-    # What a tile leaves for its mass: a number a row, or with a log-sum-exp at hand a number a warp
-    WIDTH: gl.constexpr = 8 if HAS_LSE_PREV else 128
     turn = 0
     rows = 0
     q_smem = q_bufs.index(GROUP).reshape([64, BLOCK_D])
@@ -142,7 +140,6 @@ def _consumer(
             b_entries = load_entries(p_list, count - 1, ROW_S)
             # The first block stays.
             b_votes += (count > 0).to(gl.int32)
-        b_norm = b_l
         if HAS_LSE_PREV:
             p_norm = lse_prev_ptr + (i_row // q_blocks).to(gl.int64) * seq_q + o_m
             b_norm = gl.load(p_norm, mask=o_m < seq_q, other=0.0)
@@ -171,9 +168,11 @@ def _consumer(
         b_alpha = gl.full([64], 1.0, gl.float32, ROW_S)
         if WITH_MASS:
             i_space = (gl.program_id(0) * 2 + (rows & 1)).to(gl.int64)
-            p_space = space_ptr + i_space * (kv_blocks + 1) * WIDTH
-            b_left = mass_place(p_space, GROUP, ROW_S, HAS_LSE_PREV)
-            b_norm = mass_norm(b_norm * LOG2E, o_m, seq_q)
+            p_space = space_ptr + i_space * (kv_blocks + 1) * MASS_WIDTH
+            b_left = mass_place(p_space, GROUP, ROW_S)
+            if HAS_LSE_PREV:
+                b_last = b_left + count.to(gl.int64) * (MASS_WIDTH * 4)
+                leave_norm(b_last, b_norm * LOG2E, o_m, seq_q)
         turn += 1
         mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
         if HAS_LENGTHS and current * BLOCK_N + BLOCK_N > length:
@@ -195,8 +194,8 @@ def _consumer(
                 b_entries = load_entries(p_list, count - 1 - j, ROW_S)
                 b_votes = gl.zeros([64], gl.int32, ROW_S)
             if WITH_MASS:
-                leave_mass(b_left, b_sum, b_m, b_norm, HAS_LSE_PREV)
-                b_left += WIDTH * 4
+                leave_mass(b_left, b_sum, b_m)
+                b_left += MASS_WIDTH * 4
             b_o = rescale(b_o, b_alpha)
             b_o = warpgroup_mma(
                 b_pd, v_bufs.index(stage).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
@@ -245,11 +244,11 @@ def _consumer(
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(GROUP), count=1)
         if WITH_MASS:
-            leave_mass(b_left, b_sum, b_m, b_norm, HAS_LSE_PREV)
+            leave_mass(b_left, b_sum, b_m)
             if not HAS_LSE_PREV:
-                store_pair(mass_norm(b_m + log2(b_l), o_m, seq_q), b_left + WIDTH * 4)
+                leave_norm(b_left + MASS_WIDTH * 4, b_m + log2(b_l), o_m, seq_q)
             p_mass = mass_ptr + i_row.to(gl.int64) * kv_blocks
-            store_mass(p_space, p_mass, p_list, count, HAS_LSE_PREV, GROUP)
+            store_mass(p_space, p_mass, p_list, count, GROUP)
         item = take_over(work, work_full, work_empty, rows & 1, (rows >> 1) & 1)
     tma.store_wait(0)
 
@@ -310,7 +309,7 @@ def block_sparse_fwd_sm90(
     Descriptors are over `[B, H, S, D]` views: `[1, 1, 64, BLOCK_D]` boxes of queries and output, `[1, 1, BLOCK_N,
     BLOCK_D]` of keys and values.  `kv_num_blocks_ptr` and `order_ptr` are `int32 [B * H * Mq]`, counts of blocks that
     begin before the key length; `draw_ptr` `int32 [1]`, `vote_ptr` `uint8 [B, H, Mq, Nk]` and `mass_ptr` `float32
-    [B, H, Mq, Nk]` start as zeros; `space_ptr` is `float32 [programs, 2, Nk + 1, WIDTH]`,
+    [B, H, Mq, Nk]` start as zeros; `space_ptr` is `float32 [programs, 2, Nk + 1, 128]`,
     WIDTH 8 with `HAS_LSE_PREV` and 128 otherwise.
     `ALIAS`: the output shares Q's buffers, which makes room for a third stage.
     """

@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 LAZY_GAP = gl.constexpr(8.0)
 LOG2E = gl.constexpr(1.4426950408889634)  # exp(x) == exp2(x * LOG2E)
 LN2 = gl.constexpr(0.6931471805599453)
+MASS_WIDTH = gl.constexpr(128)  # numbers that a tile leaves for its mass: one a row
 
 
 @gluon.jit
@@ -252,53 +253,40 @@ def store_pair(b_x, b_address):
 
 
 @gluon.jit
-def mass_place(p_space, GROUP: gl.constexpr, ROW: gl.constexpr, HAS_LSE_PREV: gl.constexpr):
-    """Where in a workspace the first tile leaves what: addresses by rows.
-
-    With a log-sum-exp at hand it is a number a warp, else one a row: rows 0 and 8 of a thread lie side by side.
-    """
+def mass_place(p_space, GROUP: gl.constexpr, ROW: gl.constexpr):
+    """Where in a workspace the first tile leaves its numbers: addresses by rows, a thread's two side by side."""
     o_m = gl.arange(0, 64, layout=ROW)
-    if HAS_LSE_PREV:
-        o_left = GROUP * 4 + o_m // 16
-    else:
-        o_left = GROUP * 64 + o_m // 16 * 16 + o_m % 8 * 2 + o_m // 8 % 2
-    return (p_space + o_left).to(gl.int64)
+    return (p_space + (GROUP * 64 + o_m // 16 * 16 + o_m % 8 * 2 + o_m // 8 % 2)).to(gl.int64)
 
 
 @gluon.jit
-def leave_mass(b_left, b_sum, b_m, b_norm, HAS_LSE_PREV: gl.constexpr):
-    """What a tile leaves in the workspace at the addresses `b_left`: row sums `b_sum` under the maxima `b_m`.
-
-    With a log-sum-exp at hand they are divided by it and summed over each warp's rows, else each row's logarithm is kept.
-    """
-    if HAS_LSE_PREV:
-        # Bounded, so that a sum of 0 stays 0 whatever the log-sum-exp is.
-        b_factor = gl.exp2(gl.minimum(b_m - b_norm, 126.0))
-        store_warp_sum(b_sum * b_factor, b_left)
-    else:
-        store_pair(b_m + log2(b_sum), b_left)
+def leave_mass(b_left, b_sum, b_m):
+    """What a tile leaves in the workspace at the addresses `b_left`: logarithms of row sums `b_sum` under maxima `b_m`."""
+    store_pair(b_m + log2(b_sum), b_left)
 
 
 @gluon.jit
-def mass_norm(b_lse, o_m, seq_q):
-    """What rows are divided by, as base-2 logarithm: infinite for those past the end or without softmax."""
-    return gl.where((o_m < seq_q) & (b_lse != float("-inf")), b_lse, float("inf"))
+def leave_norm(b_left, b_lse, o_m, seq_q):
+    """What rows are divided by, after the last tile: infinite for those past the end or without softmax."""
+    store_pair(
+        gl.where((o_m < seq_q) & (b_lse != float("-inf")), b_lse, float("inf")),
+        b_left,
+    )
 
 
 @gluon.jit
-def store_mass(p_space, p_mass, p_list, count, HAS_LSE_PREV: gl.constexpr, GROUP: gl.constexpr):
+def store_mass(p_space, p_mass, p_list, count, GROUP: gl.constexpr):
     """Mass of a finished row of blocks: the warpgroups take every other chunk of its list.
 
     Rows of blocks use two workspaces in turn, so that nobody writes what the other warpgroup still reads.
     """
     CHUNK: gl.constexpr = 64
-    WIDTH: gl.constexpr = 8 if HAS_LSE_PREV else 128
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WIDTH, WIDTH // 4], [4, 1], [1, 0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
     assembly("bar.sync 11, 256; mov.u32 $0, 0;")
     o_j = GROUP * CHUNK + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, LAYOUT))
     for _ in range(GROUP * CHUNK, count, 2 * CHUNK):
         o_n = gl.load(p_list + (count - 1 - o_j), mask=o_j < count, other=0)
-        b_mass = sum_rows(p_space, o_j, count, 0, WIDTH, WIDTH, not HAS_LSE_PREV, LAYOUT)
+        b_mass = sum_rows(p_space, o_j, count, 0, MASS_WIDTH, MASS_WIDTH, True, LAYOUT)
         gl.store(p_mass + o_n, b_mass, mask=o_j < count)
         o_j += 2 * CHUNK
 
