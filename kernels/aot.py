@@ -53,6 +53,8 @@ class Compiled:
     shared_bytes: int
     # Hopper only: exponentials that run while PV is in flight, for each of the two warpgroups' loops
     overlapped_exponentials: tuple[int, ...] = ()
+    # shuffles, votes and accesses to global memory among them: all are waited for before the next turn
+    detours: tuple[int, ...] = ()
     # and multiplications of the output that a warp jumps over where no maximum has moved
     jumped_multiplications: tuple[int, ...] = ()
 
@@ -306,12 +308,16 @@ def _compile(name: str, arch: str, source: ASTSource, options: dict) -> Compiled
     found: tuple[tuple[int, ...], ...] = ()
     if name.startswith("hopper"):
         instructions = machine_code(cubin)
-        found = overlapped_exponentials(instructions), jumped_multiplications(instructions)
+        found = (
+            while_pv_runs(instructions, r"MUFU\.EX2"),
+            while_pv_runs(instructions, r"\b(SHFL|REDUX|VOTE|LDG|STG|LDL|STL|LG2)\b"),
+            jumped_multiplications(instructions),
+        )
     return Compiled(name, arch, registers, stack, compiled.metadata.shared, *found)
 
 
-def overlapped_exponentials(instructions: list[str]) -> tuple[int, ...]:
-    """For each wait that leaves one product in flight: exponentials issued before the wait for that product.
+def while_pv_runs(instructions: list[str], pattern: str) -> tuple[int, ...]:
+    """For each wait that leaves one product in flight: matching instructions issued before the wait for that product.
 
     Nothing in PTX orders arithmetic against that wait, so ptxas may sink the exponentials past it; then a warpgroup's
     softmax no longer hides its own PV although the source says so.
@@ -323,7 +329,7 @@ def overlapped_exponentials(instructions: list[str]) -> tuple[int, ...]:
             counting = True
         elif "DEPBAR.LE gsb0, 0x0" in line:
             counting = False
-        elif counting and "MUFU.EX2" in line:
+        elif counting and re.search(pattern, line):
             counts[-1] += 1
     return tuple(counts)
 
@@ -387,7 +393,9 @@ def every_kernel(arch: str) -> Iterator[Compiled]:
         for head_dim, block_n, byproducts in product((64, 128), (128, 64), (False, True)):
             yield hopper_attention("bf16", head_dim, block_n, byproducts=byproducts)
         yield hopper_attention("bf16", 128, 128, byproducts=True, lengths=True)
-        yield hopper_attention("bf16", 128, 128, byproducts=True, lse_prev=True)
+        yield hopper_attention("bf16", 64, 128, byproducts=False, lengths=True)
+        for head_dim in (64, 128):
+            yield hopper_attention("bf16", head_dim, 128, byproducts=True, lse_prev=True)
         for fp8_pv, byproducts in product((False, True), (False, True)):
             yield hopper_8bit("bf16", fp8_pv=fp8_pv, byproducts=byproducts)
         for head_dim, block, own_lse in product((64, 128), (64, 128), (False, True)):
