@@ -10,8 +10,11 @@ and frees together: one wait and one arrival a tile.  The wait for stage j+1 sta
 wait for PV for a second reason: it ends a basic block there, without which ptxas sinks the exponentials past the wait
 and nothing overlaps PV.  `tests/kernels/test_aot.py` reads the machine code to keep it so.
 
+With a head size of 64 neither tensor cores nor exponentials are the limit but the way of a warpgroup from its scores to
+its next turn.  What need not be on it waits for the next tile's first product: the shuffles of row sums, mass, votes.
+
 The output is rescaled lazily (`lazy_maximum`, as FlashAttention-4 does on Blackwell), the vote is held against the true
-running maximum.
+running maximum.  Votes gather as bits of a register, a bit a tile.
 
 With `WITH_MASS` every row of every tile leaves the logarithm of its sum in a workspace that belongs to the program, and
 the finished row of blocks turns them into mass: `exp(log sum - log-sum-exp)`, summed over rows in a fixed order.
