@@ -57,6 +57,8 @@ class Compiled:
     shared_bytes: int
     # Hopper only: exponentials that run while PV is in flight, for each of the two warpgroups' loops
     overlapped_exponentials: tuple[int, ...] = ()
+    # shuffles, votes and accesses to global memory among them: all are waited for before the next turn
+    detours: tuple[int, ...] = ()
     # and multiplications of the output that a warp jumps over where no maximum has moved
     jumped_multiplications: tuple[int, ...] = ()
     # and how often it waits for products: more often than the source says means that ptxas has serialised them
@@ -358,15 +360,16 @@ def _compile(name: str, arch: str, source: ASTSource, options: dict) -> Compiled
     if name.startswith("hopper"):
         instructions = machine_code(cubin)
         found = (
-            overlapped_exponentials(instructions),
+            while_pv_runs(instructions, r"MUFU\.EX2"),
+            while_pv_runs(instructions, r"\b(SHFL|REDUX|VOTE|LDG|STG|LDL|STL|LG2)\b"),
             jumped_multiplications(instructions),
             sum("WARPGROUP.DEPBAR" in line for line in instructions),
         )
     return Compiled(name, arch, registers, stack, compiled.metadata.shared, *found)
 
 
-def overlapped_exponentials(instructions: list[str]) -> tuple[int, ...]:
-    """For each wait that leaves products in flight: exponentials issued before the wait for those.
+def while_pv_runs(instructions: list[str], pattern: str) -> tuple[int, ...]:
+    """For each wait that leaves products in flight: matching instructions issued before the wait for those.
 
     Nothing in PTX orders arithmetic against that wait, so ptxas may sink the exponentials past it; then a warpgroup's
     softmax no longer hides its own PV although the source says so.
@@ -378,7 +381,7 @@ def overlapped_exponentials(instructions: list[str]) -> tuple[int, ...]:
             counting = True
         elif "DEPBAR.LE gsb0, 0x0" in line:
             counting = False
-        elif counting and "MUFU.EX2" in line:
+        elif counting and re.search(pattern, line):
             counts[-1] += 1
     return tuple(counts)
 
@@ -442,7 +445,9 @@ def every_kernel(arch: str) -> Iterator[Compiled]:
         for head_dim, block_n, byproducts in product((64, 128), (128, 64), (False, True)):
             yield hopper_attention("bf16", head_dim, block_n, byproducts=byproducts)
         yield hopper_attention("bf16", 128, 128, byproducts=True, lengths=True)
-        yield hopper_attention("bf16", 128, 128, byproducts=True, lse_prev=True)
+        yield hopper_attention("bf16", 64, 128, byproducts=False, lengths=True)
+        for head_dim in (64, 128):
+            yield hopper_attention("bf16", head_dim, 128, byproducts=True, lse_prev=True)
         for head_dim, more in product((64, 128), (False, True)):
             yield hopper_pairs("bf16", head_dim, lengths=more, lse=more)
         yield hopper_pairs("bf16", 128, form=PairForm(5, False, True))
