@@ -39,7 +39,7 @@ GROUPS = (
         checks.check_lists: 60,
         mass.check_mass: 60,
         orders.check_orders: 60,
-        pairs.check_pairs: 90,
+        pairs.check_pairs: 150,
     },
     {times.time_dense: 45},
     {times.time_gluon: 60},

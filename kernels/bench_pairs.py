@@ -100,7 +100,8 @@ def check_call(sizes: tuple[int, int, int, int], head_dim: int, dtype: torch.dty
                 kv_lengths=kv_lengths,
                 want_lse=True,
             )
-            for form in TRIALS[64 if head_dim == 64 else 128]
+            # Every form is a binary of its own, and two dozen of them take a minute to compile.
+            for form in (TRIALS.get(head_dim, ()) if dtype == torch.bfloat16 else ())
         ]
     lists = (mask.kv_num_blocks, mask.kv_indices, k.shape[1])
     made = block_pairs.pair_rows(*lists, kv_lengths=kv_lengths)
@@ -122,7 +123,9 @@ def check_call(sizes: tuple[int, int, int, int], head_dim: int, dtype: torch.dty
     finite = exact[1].isfinite()
     lse_error = (got.lse.double() - exact[1])[finite].abs().max().item() if finite.any() else 0.0
     same = all(torch.equal(x, got.out) for x in (plain, again.out))
-    trial_error = max((out.double() - exact[0]).abs().max().item() for out, _ in trials)
+    trial_error = max(
+        ((out.double() - exact[0]).abs().max().item() for out, _ in trials), default=0.0
+    )
     return {
         "kind": "check",
         "backend": "gluon_pairs",
