@@ -25,11 +25,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparsediff.kernels._hopper import (
     LN2,
     LOG2E,
+    MASS_WIDTH,
     assembly,
     lazy_maximum,
     leave_mass,
+    leave_norm,
     log2,
-    mass_norm,
+    mass_place,
     pass_turn,
     place,
     produce,
@@ -167,8 +169,6 @@ def _consumer(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 4 if FP8_PV else 2)
     ROW_S: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
-    # What a tile leaves for its mass: a number a row, or with a log-sum-exp at hand a number a warp
-    WIDTH: gl.constexpr = 8 if HAS_LSE_PREV else 128
     turn = 0
     rows = 0
     q_smem = q_bufs.index(GROUP).reshape([64, BLOCK_D])
@@ -235,14 +235,14 @@ def _consumer(
         k_scale = gl.load(p_k_scale + following)
         if WITH_MASS:
             i_space = (gl.program_id(0) * 2 + (rows & 1)).to(gl.int64)
-            p_space = space_ptr + i_space * (kv_blocks + 1) * WIDTH
-            p_left = p_space + (GROUP * 64 + gl.arange(0, 64, layout=ROW_S)) * WIDTH // 128
-            b_norm = b_l
+            p_space = space_ptr + i_space * (kv_blocks + 1) * MASS_WIDTH
+            b_left = mass_place(p_space, GROUP, ROW_S)
             if HAS_LSE_PREV:
                 p_norm = lse_prev_ptr + i_bh * seq_q + o_m
                 b_norm = gl.load(p_norm, mask=o_m < seq_q, other=0.0) * LOG2E
-                b_norm = mass_norm(b_norm, o_m, seq_q)
-            leave_mass(p_left, b_l, b_m, b_norm, HAS_LSE_PREV)
+                b_last = b_left + count.to(gl.int64) * (MASS_WIDTH * 4)
+                leave_norm(b_last, b_norm, o_m, seq_q)
+            leave_mass(b_left, b_l, b_m)
         turn += 1
         mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
         b_pd = _pack(b_p, P_DTYPE, FP8_PV, P_LAYOUT)
@@ -276,8 +276,8 @@ def _consumer(
             b_l = b_l * b_alpha_new + b_sum
             b_m = b_m_new
             if WITH_MASS:
-                p_left += WIDTH
-                leave_mass(p_left, b_sum, b_m, b_norm, HAS_LSE_PREV)
+                b_left += MASS_WIDTH * 4
+                leave_mass(b_left, b_sum, b_m)
             turn += 1
             mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
             b_pv = warpgroup_mma_wait(0, deps=(b_pv,))
@@ -316,9 +316,9 @@ def _consumer(
         tma.async_copy_shared_to_global(out_desc, [i_b, i_h, i_m * 128 + GROUP * 64, 0], out_smem)
         if WITH_MASS:
             if not HAS_LSE_PREV:
-                gl.store(p_left + WIDTH, mass_norm(b_m + log2(b_l), o_m, seq_q))
+                leave_norm(b_left + MASS_WIDTH * 4, b_m + log2(b_l), o_m, seq_q)
             p_mass = mass_ptr + i_row.to(gl.int64) * kv_blocks
-            store_mass(p_space, p_mass, p_list, count, HAS_LSE_PREV, GROUP)
+            store_mass(p_space, p_mass, p_list, count, GROUP)
         item = take_over(work, work_full, work_empty, rows & 1, (rows >> 1) & 1)
     tma.store_wait(0)
 

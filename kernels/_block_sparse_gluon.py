@@ -32,7 +32,7 @@ class Prepared(NamedTuple):
     lists: Tensor  # int32 [B, H, Mq, Nk]
     order: Tensor  # int32 [B * H * Mq]
     draw: Tensor  # int32 [1]
-    space: Tensor  # float32 [programs, 2, Nk + 1, 128 or 8]
+    space: Tensor  # float32 [programs, 2, Nk + 1, 128]
 
     def byproducts(self, lse_prev: Tensor | None) -> tuple[Tensor, ...]:
         """Pointers in the order of the kernels' arguments; one that its flag switches off still is a tensor."""
@@ -83,8 +83,7 @@ def prepare(
     counts, order, draw = block_lists.order(counts, batch, heads)
     lists = mask.kv_indices.contiguous().expand(batch, heads, mq, nk)
     programs = min(multiprocessors(device), len(counts))
-    width = 128 if lse_prev is None else 8
-    space = torch.empty(programs, 2, nk + 1, width, device=device) if want_mass else out
+    space = torch.empty(programs, 2, nk + 1, 128, device=device) if want_mass else out
     return Prepared(out, lse, vote, mass, counts, lists, order, draw, space)
 
 

@@ -10,8 +10,11 @@ and frees together: one wait and one arrival a tile.  The wait for stage j+1 sta
 wait for PV for a second reason: it ends a basic block there, without which ptxas sinks the exponentials past the wait
 and nothing overlaps PV.  `tests/kernels/test_aot.py` reads the machine code to keep it so.
 
+With a head size of 64 neither tensor cores nor exponentials are the limit but the way of a warpgroup from its scores to
+its next turn.  What need not be on it waits for the next tile's first product: the shuffles of row sums, mass, votes.
+
 The output is rescaled lazily (`lazy_maximum`, as FlashAttention-4 does on Blackwell), the vote is held against the true
-running maximum.
+running maximum.  Votes gather as bits of a register, a bit a tile.
 
 With `WITH_MASS` every row of every tile leaves the logarithm of its sum in a workspace that belongs to the program, and
 the finished row of blocks turns them into mass: `exp(log sum - log-sum-exp)`, summed over rows in a fixed order.
@@ -32,21 +35,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparsediff.kernels._hopper import (
     LN2,
     LOG2E,
+    MASS_WIDTH,
     assembly,
     clear_past,
+    gather_votes,
     lazy_maximum,
     leave_mass,
+    leave_norm,
+    load_entries,
     log2,
-    mass_norm,
+    mass_place,
     pass_turn,
     place,
     produce,
     rescale,
     row_list,
     store_mass,
-    store_vote,
+    store_votes,
     take_over,
     take_turn,
+    thread_sums,
     visible_keys,
 )
 
@@ -106,8 +114,6 @@ def _consumer(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROW_S: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
-    # What a tile leaves for its mass: a number a row, or with a log-sum-exp at hand a number a warp
-    WIDTH: gl.constexpr = 8 if HAS_LSE_PREV else 128
     turn = 0
     rows = 0
     q_smem = q_bufs.index(GROUP).reshape([64, BLOCK_D])
@@ -129,16 +135,17 @@ def _consumer(
         b_m = gl.full([64], float("-inf"), gl.float32, ROW_S)
         b_l = gl.zeros([64], gl.float32, ROW_S)
         b_o = gl.zeros([64, BLOCK_D], gl.float32, O_LAYOUT)
+        b_votes = gl.zeros([64], gl.int32, ROW_S)
         if WITH_VOTE:
-            p_vote = (vote_ptr + i_row.to(gl.int64) * kv_blocks).to(gl.int64) + gl.zeros(
-                [64], gl.int64, ROW_S
-            )
+            vote_row = vote_ptr + i_row.to(gl.int64) * kv_blocks
             # Rows past the end of the sequence never pass.
             b_threshold = gl.where(o_m < seq_q, vote_threshold, float("inf"))
-            if GROUP == 0:
-                gl.store(vote_ptr + i_row.to(gl.int64) * kv_blocks + current, 1, mask=count > 0)
-        if WITH_VOTE:
-            following = gl.where(count > 1, gl.load(p_list + gl.maximum(count - 2, 0)), 0)
+            b_entries = load_entries(p_list, count - 1, ROW_S)
+            # The first block stays.
+            b_votes += (count > 0).to(gl.int32)
+        if HAS_LSE_PREV:
+            p_norm = lse_prev_ptr + (i_row // q_blocks).to(gl.int64) * seq_q + o_m
+            b_norm = gl.load(p_norm, mask=o_m < seq_q, other=0.0)
 
         # The first tile, the only one that can be ragged
         mbarrier.wait(q_full.index(GROUP), rows & 1)
@@ -155,22 +162,20 @@ def _consumer(
             o_n = current * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
             b_s = gl.where((o_n < length)[None, :], b_s, float("-inf"))
         b_m = gl.max(b_s, 1) * qk_scale
-        b_best = b_m
+        if WITH_VOTE:
+            b_bar = b_m + b_threshold
         # An empty row leaves the maximum at -inf, and -inf - -inf is NaN.
         b_shift = gl.where(b_m == float("-inf"), 0.0, b_m)
         b_p = gl.exp2(b_s * qk_scale - b_shift[:, None])
-        b_l = gl.sum(b_p, 1)
+        b_parts = thread_sums(b_p)
         b_alpha = gl.full([64], 1.0, gl.float32, ROW_S)
         if WITH_MASS:
             i_space = (gl.program_id(0) * 2 + (rows & 1)).to(gl.int64)
-            p_space = space_ptr + i_space * (kv_blocks + 1) * WIDTH
-            p_left = p_space + (GROUP * 64 + gl.arange(0, 64, layout=ROW_S)) * WIDTH // 128
-            b_norm = b_l
+            p_space = space_ptr + i_space * (kv_blocks + 1) * MASS_WIDTH
+            b_left = mass_place(p_space, GROUP, ROW_S)
             if HAS_LSE_PREV:
-                p_norm = lse_prev_ptr + (i_row // q_blocks).to(gl.int64) * seq_q + o_m
-                b_norm = gl.load(p_norm, mask=o_m < seq_q, other=0.0) * LOG2E
-                b_norm = mass_norm(b_norm, o_m, seq_q)
-            leave_mass(p_left, b_l, b_m, b_norm, HAS_LSE_PREV)
+                b_last = b_left + count.to(gl.int64) * (MASS_WIDTH * 4)
+                leave_norm(b_last, b_norm * LOG2E, o_m, seq_q)
         turn += 1
         mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
         if HAS_LENGTHS and current * BLOCK_N + BLOCK_N > length:
@@ -184,6 +189,16 @@ def _consumer(
             # Rescaling the output hides under the product that has begun.  ptxas would hoist it but for a new basic block:
             # this wait is over already.
             mbarrier.wait(full.index(stage), (turn // RING) & 1)
+            # Sums of the tile before: their shuffles would lengthen its softmax, and hide here as well.
+            b_sum = gl.convert_layout(gl.sum(b_parts, 1), ROW_S)
+            b_l = b_l * b_alpha + b_sum
+            if WITH_VOTE and (j & 31) == 0:
+                store_votes(b_votes, b_entries, vote_row)
+                b_entries = load_entries(p_list, count - 1 - j, ROW_S)
+                b_votes = gl.zeros([64], gl.int32, ROW_S)
+            if WITH_MASS:
+                leave_mass(b_left, b_sum, b_m)
+                b_left += MASS_WIDTH * 4
             b_o = rescale(b_o, b_alpha)
             b_o = warpgroup_mma(
                 b_pd, v_bufs.index(stage).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
@@ -192,24 +207,23 @@ def _consumer(
             b_s = warpgroup_mma_wait(1, deps=(b_s,))
             b_top = gl.max(b_s, 1) * qk_scale
             if WITH_VOTE:
-                store_vote(b_top - (b_best + b_threshold), p_vote + following)
-                b_best = gl.maximum(b_best, b_top)
-                following = gl.load(p_list + gl.maximum(count - 2 - j, 0))
+                b_votes = gather_votes(b_votes, b_top, b_bar, j)
+                b_bar = gl.maximum(b_bar, b_top + b_threshold)
             b_m_new = lazy_maximum(b_m, b_top)
             b_p = gl.exp2(b_s * qk_scale - b_m_new[:, None])
             b_alpha = gl.exp2(b_m - b_m_new)
-            b_sum = gl.sum(b_p, 1)
-            b_l = b_l * b_alpha + b_sum
+            b_parts = thread_sums(b_p)
             b_m = b_m_new
-            if WITH_MASS:
-                p_left += WIDTH
-                leave_mass(p_left, b_sum, b_m, b_norm, HAS_LSE_PREV)
             turn += 1
             mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
             b_o = warpgroup_mma_wait(0, deps=(b_o,))
             mbarrier.arrive(empty.index(stage), count=1)
             b_pd = gl.convert_layout(b_p.to(DTYPE), P_LAYOUT)
 
+        if WITH_VOTE:
+            store_votes(b_votes, b_entries, vote_row)
+        b_sum = gl.convert_layout(gl.sum(b_parts, 1), ROW_S)
+        b_l = b_l * b_alpha + b_sum
         b_o = rescale(b_o, b_alpha)
         b_o = warpgroup_mma(
             b_pd, v_bufs.index(turn % RING).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
@@ -233,10 +247,11 @@ def _consumer(
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(GROUP), count=1)
         if WITH_MASS:
+            leave_mass(b_left, b_sum, b_m)
             if not HAS_LSE_PREV:
-                gl.store(p_left + WIDTH, mass_norm(b_m + log2(b_l), o_m, seq_q))
+                leave_norm(b_left + MASS_WIDTH * 4, b_m + log2(b_l), o_m, seq_q)
             p_mass = mass_ptr + i_row.to(gl.int64) * kv_blocks
-            store_mass(p_space, p_mass, p_list, count, HAS_LSE_PREV, GROUP)
+            store_mass(p_space, p_mass, p_list, count, GROUP)
         item = take_over(work, work_full, work_empty, rows & 1, (rows >> 1) & 1)
     tma.store_wait(0)
 
@@ -297,7 +312,7 @@ def block_sparse_fwd_sm90(
     Descriptors are over `[B, H, S, D]` views: `[1, 1, 64, BLOCK_D]` boxes of queries and output, `[1, 1, BLOCK_N,
     BLOCK_D]` of keys and values.  `kv_num_blocks_ptr` and `order_ptr` are `int32 [B * H * Mq]`, counts of blocks that
     begin before the key length; `draw_ptr` `int32 [1]`, `vote_ptr` `uint8 [B, H, Mq, Nk]` and `mass_ptr` `float32
-    [B, H, Mq, Nk]` start as zeros; `space_ptr` is `float32 [programs, 2, Nk + 1, WIDTH]`,
+    [B, H, Mq, Nk]` start as zeros; `space_ptr` is `float32 [programs, 2, Nk + 1, 128]`,
     WIDTH 8 with `HAS_LSE_PREV` and 128 otherwise.
     `ALIAS`: the output shares Q's buffers, which makes room for a third stage.
     """

@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 LAZY_GAP = gl.constexpr(8.0)
 LOG2E = gl.constexpr(1.4426950408889634)  # exp(x) == exp2(x * LOG2E)
 LN2 = gl.constexpr(0.6931471805599453)
+MASS_WIDTH = gl.constexpr(128)  # numbers that a tile leaves for its mass: one a row
 
 
 @gluon.jit
@@ -54,6 +55,13 @@ def rescale(b_o, b_alpha):
         return gl.inline_asm_elementwise(
             RESCALE_32, OPERANDS_32, [b_o, b_alpha], dtype=gl.float32, is_pure=False, pack=32
         )
+
+
+@gluon.jit
+def thread_sums(b_p):
+    """Sums `[64, 4]` over what each thread of a quad has of a row, in the order of `gl.sum`, whose shuffles are left."""
+    b_x = b_p.reshape([64, b_p.shape[1] // 8, 4, 2]).permute((0, 2, 1, 3))
+    return gl.sum(b_x.reshape([64, 4, b_p.shape[1] // 4]), 2)
 
 
 @gluon.jit
@@ -131,6 +139,61 @@ def store_vote(b_gap, b_address):
 
 
 @gluon.jit
+def gather_votes(b_votes, b_top, b_bar, tile):
+    """Set bit `tile % 32` of a thread's votes if one of its two rows passes its bar."""
+    b_bit = gl.full([64], 1 << (tile & 31), gl.int32, b_votes.type.layout)
+    return gl.inline_asm_elementwise(
+        """{ .reg .pred p, q;
+        setp.gt.f32 p, $4, $6; setp.gt.or.f32 q, $5, $7, p;
+        mov.b32 $0, $2; @q or.b32 $0, $0, $8; mov.b32 $1, 0; }""",
+        "=&r,=r,r,r,f,f,f,f,r,r",
+        [b_votes, b_top, b_bar, b_bit],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def load_entries(p_list, last, LAYOUT: gl.constexpr):
+    """The blocks of 32 tiles, a lane a tile: lane 0 gets entry `last` of the list, the next ones those before it."""
+    return gl.inline_asm_elementwise(
+        """{ .reg .b32 l; .reg .b64 a;
+        mov.u32 l, %laneid; sub.s32 l, $4, l; max.s32 l, l, 0; mul.wide.s32 a, l, 4; add.s64 a, a, $2;
+        ld.global.b32 $0, [a]; mov.b32 $1, 0; }""",
+        "=r,=r,l,l,r,r",
+        [
+            gl.full([64], p_list.to(gl.int64), gl.int64, LAYOUT),
+            gl.full([64], last, gl.int32, LAYOUT),
+        ],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@gluon.jit
+def store_votes(b_votes, b_entries, vote_row):
+    """Store what 32 tiles have gathered, a lane a tile: 1 where any of the warp's rows has set the tile's bit."""
+    gl.inline_asm_elementwise(
+        """{ .reg .pred p; .reg .b32 v, l; .reg .b64 a;
+        redux.sync.or.b32 v, $2, 0xffffffff; mov.u32 l, %laneid;
+        shr.u32 v, v, l; and.b32 v, v, 1; setp.ne.u32 p, v, 0;
+        cvt.s64.s32 a, $4; add.s64 a, a, $6; @p st.global.u8 [a], v;
+        mov.b32 $0, 0; mov.b32 $1, 0; }""",
+        "=r,=r,r,r,r,r,l,l",
+        [
+            b_votes,
+            b_entries,
+            gl.full([64], vote_row.to(gl.int64), gl.int64, b_votes.type.layout),
+        ],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@gluon.jit
 def draw(t, order_ptr, kv_num_blocks_ptr, num_rows):
     """Query block number `t` of the walk, as row of the lists and its count in one number; -1 past the end."""
     item = gl.to_tensor(-1).to(gl.int64)
@@ -177,39 +240,53 @@ def store_warp_sum(b_x, b_address):
 
 
 @gluon.jit
-def leave_mass(p_left, b_sum, b_m, b_norm, HAS_LSE_PREV: gl.constexpr):
-    """What a tile leaves in the workspace: row sums `b_sum` under the maxima `b_m`.
-
-    With a log-sum-exp at hand they are divided by it and summed over each warp's rows, else each row's logarithm is kept.
-    """
-    if HAS_LSE_PREV:
-        # Bounded, so that a sum of 0 stays 0 whatever the log-sum-exp is.
-        b_factor = gl.exp2(gl.minimum(b_m - b_norm, 126.0))
-        store_warp_sum(b_sum * b_factor, p_left.to(gl.int64))
-    else:
-        gl.store(p_left, b_m + log2(b_sum))
-
-
-@gluon.jit
-def mass_norm(b_lse, o_m, seq_q):
-    """What rows are divided by, as base-2 logarithm: infinite for those past the end or without softmax."""
-    return gl.where((o_m < seq_q) & (b_lse != float("-inf")), b_lse, float("inf"))
+def store_pair(b_x, b_address):
+    """Store a thread's two rows side by side at the first one's address; its quad brings the same."""
+    gl.inline_asm_elementwise(
+        "st.global.v2.f32 [$4], {$2, $3}; mov.b32 $0, 0; mov.b32 $1, 0;",
+        "=r,=r,f,f,l,l",
+        [b_x, b_address],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=2,
+    )
 
 
 @gluon.jit
-def store_mass(p_space, p_mass, p_list, count, HAS_LSE_PREV: gl.constexpr, GROUP: gl.constexpr):
+def mass_place(p_space, GROUP: gl.constexpr, ROW: gl.constexpr):
+    """Where in a workspace the first tile leaves its numbers: addresses by rows, a thread's two side by side."""
+    o_m = gl.arange(0, 64, layout=ROW)
+    return (p_space + (GROUP * 64 + o_m // 16 * 16 + o_m % 8 * 2 + o_m // 8 % 2)).to(gl.int64)
+
+
+@gluon.jit
+def leave_mass(b_left, b_sum, b_m):
+    """What a tile leaves in the workspace at the addresses `b_left`: logarithms of row sums `b_sum` under maxima `b_m`."""
+    store_pair(b_m + log2(b_sum), b_left)
+
+
+@gluon.jit
+def leave_norm(b_left, b_lse, o_m, seq_q):
+    """What rows are divided by, after the last tile: infinite for those past the end or without softmax."""
+    store_pair(
+        gl.where((o_m < seq_q) & (b_lse != float("-inf")), b_lse, float("inf")),
+        b_left,
+    )
+
+
+@gluon.jit
+def store_mass(p_space, p_mass, p_list, count, GROUP: gl.constexpr):
     """Mass of a finished row of blocks: the warpgroups take every other chunk of its list.
 
     Rows of blocks use two workspaces in turn, so that nobody writes what the other warpgroup still reads.
     """
     CHUNK: gl.constexpr = 64
-    WIDTH: gl.constexpr = 8 if HAS_LSE_PREV else 128
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WIDTH, WIDTH // 4], [4, 1], [1, 0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
     assembly("bar.sync 11, 256; mov.u32 $0, 0;")
     o_j = GROUP * CHUNK + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, LAYOUT))
     for _ in range(GROUP * CHUNK, count, 2 * CHUNK):
         o_n = gl.load(p_list + (count - 1 - o_j), mask=o_j < count, other=0)
-        b_mass = sum_rows(p_space, o_j, count, 0, WIDTH, WIDTH, not HAS_LSE_PREV, LAYOUT)
+        b_mass = sum_rows(p_space, o_j, count, 0, MASS_WIDTH, MASS_WIDTH, True, LAYOUT)
         gl.store(p_mass + o_n, b_mass, mask=o_j < count)
         o_j += 2 * CHUNK
 

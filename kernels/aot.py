@@ -25,15 +25,19 @@ from triton.compiler import ASTSource
 
 from sparsediff.kernels._block_bitmap_fwd import pack_rows
 from sparsediff.kernels._block_lists_fwd import compact_rows
+from sparsediff.kernels._block_pairs_fwd import pair_rows
 from sparsediff.kernels._block_sparse_fwd import block_sparse_fwd
 from sparsediff.kernels._token_order_fwd import gather_rows
 from sparsediff.kernels.block_lists import Visits
+from sparsediff.kernels.block_pairs import FIELD
 from sparsediff.kernels.token_order import TILE_BYTES
 from sparsediff.kernels.tuning import (
+    PairForm,
     Tile,
     get_tile,
     hopper_8bit_ring,
     hopper_mass_ring,
+    hopper_pair_form,
     hopper_ring,
 )
 
@@ -53,8 +57,12 @@ class Compiled:
     shared_bytes: int
     # Hopper only: exponentials that run while PV is in flight, for each of the two warpgroups' loops
     overlapped_exponentials: tuple[int, ...] = ()
+    # shuffles, votes and accesses to global memory among them: all are waited for before the next turn
+    detours: tuple[int, ...] = ()
     # and multiplications of the output that a warp jumps over where no maximum has moved
     jumped_multiplications: tuple[int, ...] = ()
+    # and how often it waits for products: more often than the source says means that ptxas has serialised them
+    waits: int = 0
 
 
 def portable_attention(
@@ -147,6 +155,17 @@ def list_building(arch: str, visits: Visits) -> Compiled:
     )
 
 
+def pair_joining(arch: str) -> Compiled:
+    """Compile the kernel that joins the lists of neighbouring rows."""
+    names = pair_rows.arg_names
+    pointers = dict.fromkeys((n for n in names if n.endswith("_ptr")), "*i32")
+    pointers |= {"mark_ptr": "*u8", "row_ptr": "*i64"}
+    constants = {"HAS_LENGTHS": True, "BLOCK_N": 64, "FIELD": FIELD, "CHUNK": 1024}
+    return compile_kernel(
+        "lists of pairs", arch, pair_rows, pointers, constants, list(pointers), {"num_warps": 4}
+    )
+
+
 def compile_kernel(
     name: str,
     arch: str,
@@ -201,6 +220,39 @@ def hopper_attention(
     form = f"hopper {dtype} D{head_dim} 128x{block_n} ring {ring}"
     name = _named(form, byproducts=byproducts, lengths=lengths, lse_prev=lse_prev)
     return _compile_gluon(name, block_sparse_fwd_sm90, boxes, constants, maxnreg=168)
+
+
+def hopper_pairs(
+    dtype: str,
+    head_dim: int,
+    *,
+    lengths: bool = False,
+    lse: bool = False,
+    form: PairForm | None = None,
+) -> Compiled:
+    """Compile the Hopper kernel for pairs of 64-row blocks, in another `form` than the shipped one for trials."""
+    from sparsediff.kernels._block_sparse_pair_sm90 import block_sparse_pairs_sm90
+    from sparsediff.kernels._block_sparse_pair_wide_sm90 import block_sparse_wide_pairs_sm90
+
+    block_d = 64 if head_dim == 64 else 128
+    form = form or hopper_pair_form(block_d)
+    constants = {
+        **form.constants,
+        "BLOCK_D": block_d,
+        "HAS_LENGTHS": lengths,
+        "WITH_LSE": lse,
+    }
+    boxes = dict.fromkeys(("q_desc", "k_desc", "v_desc", "out_desc"), (dtype, 64, block_d))
+    name = f"hopper pairs {dtype} D{head_dim} 128x{128 if form.wide else 64} ring {form.ring}"
+    flags = {
+        "alias": form.alias,
+        "turns": form.turns,
+        "two programs": form.programs == 2,
+        "wide": form.wide,
+    }
+    kernel = block_sparse_wide_pairs_sm90 if form.wide else block_sparse_pairs_sm90
+    name = _named(name, **flags, lengths=lengths, lse=lse)
+    return _compile_gluon(name, kernel, boxes, constants, maxnreg=form.registers[0])
 
 
 def hopper_8bit(dtype: str, *, fp8_pv: bool, byproducts: bool) -> Compiled:
@@ -273,7 +325,8 @@ def _compile_gluon(
             for n, (dtype, rows, width) in boxes.items()
         },
         **dict.fromkeys(("kv_num_blocks_ptr", "kv_indices_ptr", "kv_lengths_ptr"), "*i32"),
-        **dict.fromkeys(("order_ptr", "draw_ptr"), "*i32"),
+        **dict.fromkeys(("order_ptr", "draw_ptr", "totals_ptr", "walk_ptr"), "*i32"),
+        "rows_ptr": "*i64",
         **dict.fromkeys(("lse_ptr", "lse_prev_ptr", "mass_ptr", "space_ptr"), "*fp32"),
         **dict.fromkeys(("q_scale_ptr", "k_scale_ptr", "v_scale_ptr", "error_ptr"), "*fp32"),
         "vote_ptr": "*u8",
@@ -303,27 +356,32 @@ def _compile(name: str, arch: str, source: ASTSource, options: dict) -> Compiled
     compiled = triton.compile(source, target=GPUTarget("cuda", int(arch[2:]), 32), options=options)
     cubin = compiled.asm["cubin"]
     registers, stack = resources(cubin)
-    found: tuple[tuple[int, ...], ...] = ()
+    found: tuple[tuple[int, ...] | int, ...] = ()
     if name.startswith("hopper"):
         instructions = machine_code(cubin)
-        found = overlapped_exponentials(instructions), jumped_multiplications(instructions)
+        found = (
+            while_pv_runs(instructions, r"MUFU\.EX2"),
+            while_pv_runs(instructions, r"\b(SHFL|REDUX|VOTE|LDG|STG|LDL|STL|LG2)\b"),
+            jumped_multiplications(instructions),
+            sum("WARPGROUP.DEPBAR" in line for line in instructions),
+        )
     return Compiled(name, arch, registers, stack, compiled.metadata.shared, *found)
 
 
-def overlapped_exponentials(instructions: list[str]) -> tuple[int, ...]:
-    """For each wait that leaves one product in flight: exponentials issued before the wait for that product.
+def while_pv_runs(instructions: list[str], pattern: str) -> tuple[int, ...]:
+    """For each wait that leaves products in flight: matching instructions issued before the wait for those.
 
     Nothing in PTX orders arithmetic against that wait, so ptxas may sink the exponentials past it; then a warpgroup's
     softmax no longer hides its own PV although the source says so.
     """
     counts, counting = [], False
     for line in instructions:
-        if "DEPBAR.LE gsb0, 0x1" in line:
+        if re.search(r"DEPBAR.LE gsb0, 0x[12]\b", line):
             counts.append(0)
             counting = True
         elif "DEPBAR.LE gsb0, 0x0" in line:
             counting = False
-        elif counting and "MUFU.EX2" in line:
+        elif counting and re.search(pattern, line):
             counts[-1] += 1
     return tuple(counts)
 
@@ -387,7 +445,14 @@ def every_kernel(arch: str) -> Iterator[Compiled]:
         for head_dim, block_n, byproducts in product((64, 128), (128, 64), (False, True)):
             yield hopper_attention("bf16", head_dim, block_n, byproducts=byproducts)
         yield hopper_attention("bf16", 128, 128, byproducts=True, lengths=True)
-        yield hopper_attention("bf16", 128, 128, byproducts=True, lse_prev=True)
+        yield hopper_attention("bf16", 64, 128, byproducts=False, lengths=True)
+        for head_dim in (64, 128):
+            yield hopper_attention("bf16", head_dim, 128, byproducts=True, lse_prev=True)
+        for head_dim, more in product((64, 128), (False, True)):
+            yield hopper_pairs("bf16", head_dim, lengths=more, lse=more)
+        yield hopper_pairs("bf16", 128, form=PairForm(5, False, True))
+        yield hopper_pairs("bf16", 64, form=PairForm(5, False, True, wide=True))
+        yield pair_joining(arch)
         for fp8_pv, byproducts in product((False, True), (False, True)):
             yield hopper_8bit("bf16", fp8_pv=fp8_pv, byproducts=byproducts)
         for head_dim, block, own_lse in product((64, 128), (64, 128), (False, True)):
@@ -406,6 +471,7 @@ def few_kernels(arch: str) -> Iterator[Compiled]:
     if arch == "sm90":
         yield hopper_attention("bf16", 128, 128, byproducts=False)
         yield hopper_attention("bf16", 64, 128, byproducts=True)
+        yield hopper_pairs("bf16", 128)
         yield hopper_8bit("bf16", fp8_pv=True, byproducts=True)
         yield hopper_mass("bf16", 128, (128, 128), own_lse=True)
 

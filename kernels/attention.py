@@ -10,6 +10,7 @@ with `j` running over the tokens of the key blocks that the mask keeps for the q
 | `cpu`       | CPU    | fp16, bf16, fp32 | any      | faster than dense attention below `CPU_BREAK_EVEN`     |
 | `triton`    | CUDA   | fp16, bf16, fp32 | 64, 96, 128, 256 | portable kernel, SM80 and newer; blocks of multiples of 16 |
 | `gluon`     | SM90   | fp16, bf16       | 64, 96, 128 | Hopper kernel (TMA, warp specialisation); blocks 128x128, 128x64 |
+| `gluon_pairs` | SM90  | fp16, bf16       | 64, 96, 128 | Hopper kernel for blocks of 64x64, two rows a program: by name only, never run yet |
 | `gluon_int8` | SM90  | fp16, bf16       | 128      | the same with 8-bit logits: faster, less exact, by name only |
 | `gluon_fp8` | SM90   | fp16, bf16       | 128      | 8-bit values as well: faster and less exact again, by name only |
 
@@ -20,7 +21,7 @@ The vote is LiteAttention's (arXiv 2511.11062); the exact block mass under a cac
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ _BACKENDS = {
     "cpu": ("sparsediff.kernels._block_sparse_cpu", "attend"),
     "triton": ("sparsediff.kernels._block_sparse_triton", "attend"),
     "gluon": ("sparsediff.kernels._block_sparse_gluon", "attend"),
+    "gluon_pairs": ("sparsediff.kernels._block_sparse_pair_gluon", "attend"),
     "gluon_int8": ("sparsediff.kernels._block_sparse_8bit_gluon", "attend_int8"),
     "gluon_fp8": ("sparsediff.kernels._block_sparse_8bit_gluon", "attend_fp8"),
 }
@@ -235,7 +237,7 @@ def _select(
         )
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' needs CPU tensors, got {device.type}; use 'auto'")
-    limits = {"triton": _why_not_triton, "gluon": _why_not_gluon}
+    limits = {"triton": _why_not_triton, "gluon": _why_not_gluon, "gluon_pairs": _why_not_pairs}
     limits |= dict.fromkeys(("gluon_int8", "gluon_fp8"), _why_not_8bit)
     if backend in limits and (why_not := limits[backend](device, dtype, head_dim, block_size)):
         raise ValueError(f"backend {backend!r} cannot run here: {why_not}; use 'auto'")
@@ -250,6 +252,7 @@ def available_backends() -> dict[str, str]:
         "cpu": "",
         "triton": _why_not_triton(device, torch.bfloat16, 128, (128, 128)),
         "gluon": _why_not_gluon(device, torch.bfloat16, 128, (128, 128)),
+        "gluon_pairs": _why_not_pairs(device, torch.bfloat16, 128, (64, 64)),
         "gluon_int8": _why_not_8bit(device, torch.bfloat16, 128, (128, 128)),
         "gluon_fp8": _why_not_8bit(device, torch.bfloat16, 128, (128, 128)),
     }
@@ -279,18 +282,27 @@ def _why_not_triton(
 
 
 def _why_not_gluon(
-    device: torch.device, dtype: torch.dtype, head_dim: int, block_size: tuple[int, int]
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: tuple[int, int],
+    *,
+    pairs: bool = False,
 ) -> str:
-    """One line on what keeps the Hopper kernel from serving such a call, or ""."""
+    """One line on what keeps the Hopper kernel, or with `pairs` that for pairs of rows, from serving a call, or ""."""
     if device.type != "cuda":
         return f"needs a CUDA device, got {device.type}"
     # Whatever it hands on, the portable kernel has to serve.
     if why_not := _why_not_triton(device, dtype, head_dim, block_size):
         return why_not
-    from sparsediff.kernels.tuning import why_not_hopper
+    from sparsediff.kernels.tuning import why_not_hopper, why_not_hopper_pairs
 
     capability = torch.cuda.get_device_capability(device)
-    return why_not_hopper(capability, dtype.itemsize * 8, head_dim, tuple(block_size))
+    serves = why_not_hopper_pairs if pairs else why_not_hopper
+    return serves(capability, dtype.itemsize * 8, head_dim, tuple(block_size))
+
+
+_why_not_pairs = partial(_why_not_gluon, pairs=True)
 
 
 def _why_not_8bit(

@@ -23,6 +23,7 @@ from sparsediff.kernels import bench_8bit as eight
 from sparsediff.kernels import bench_checks as checks
 from sparsediff.kernels import bench_mass as mass
 from sparsediff.kernels import bench_orders as orders
+from sparsediff.kernels import bench_pairs as pairs
 from sparsediff.kernels import bench_peers as peers
 from sparsediff.kernels import bench_times as times
 from sparsediff.kernels.bench_inputs import SHAPES, git_commit
@@ -38,6 +39,7 @@ GROUPS = (
         checks.check_lists: 60,
         mass.check_mass: 60,
         orders.check_orders: 60,
+        pairs.check_pairs: 150,
     },
     {times.time_dense: 45},
     {times.time_gluon: 60},
@@ -48,6 +50,8 @@ GROUPS = (
     {times.time_lists: 40},
     {mass.time_mass: 40},
     {orders.time_orders: 40},
+    {pairs.time_pairs: 60},
+    {pairs.time_pair_forms: 60},
     {peers.time_peers: 180},
     {times.time_tiles: 45},
     {checks.check_compile: 60},

@@ -69,6 +69,46 @@ def check_triton_more() -> Iterator[dict]:
     yield from check_backend("triton", 128, (64, 64), torch.float32)
 
 
+def make_case(
+    sizes: tuple[int, int, int, int],
+    head_dim: int,
+    block_size: tuple[int, int],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, BlockMask, Tensor | None, Tensor]:
+    """Query, key, value (strided views), a mask with an empty row, key lengths or None, and PyTorch's own answer."""
+    batch, heads, seq_q, seq_k = sizes
+    g = torch.Generator(DEVICE).manual_seed(seq_q)
+    q, k, v = (
+        torch.randn(batch, s, heads, 2 * head_dim, device=DEVICE, dtype=dtype, generator=g)[
+            ..., :head_dim
+        ]
+        for s in (seq_q, seq_k, seq_k)
+    )
+    if seq_q in CHECK_STEEP:
+        k *= torch.linspace(*CHECK_STEEP[seq_q], seq_k, device=DEVICE)[:, None, None].to(dtype)
+    rows, columns = -(-seq_q // block_size[0]), -(-seq_k // block_size[1])
+    keep = torch.rand(batch, heads, rows, columns, device=DEVICE, generator=g) < 0.5
+    keep[0, 0, -1] = False
+    keep[-1, -1, 0, -1] = True
+    visits = CHECK_VISITS.get(seq_q, "descending")
+    mask = spoil(BlockMask.from_dense(keep, block_size, (seq_q, seq_k), visits=visits))
+    kv_lengths = None
+    if batch in CHECK_LENGTHS:
+        kv_lengths = torch.tensor(CHECK_LENGTHS[batch], device=DEVICE, dtype=torch.int32)
+    tokens = token_mask(mask, kv_lengths)
+    baseline = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=tokens
+    )
+    # PyTorch gives a row without keys whatever it likes; ours are zeros.
+    attended = tokens.any(-1).expand(batch, heads, seq_q)[..., None]
+    baseline = torch.where(attended, baseline, 0).transpose(1, 2)
+    for i, length in enumerate(CHECK_LENGTHS.get(batch, ())):
+        # What padding holds must not leak.
+        k[i, length:] = float("nan")
+        v[i, length:] = float("inf")
+    return q, k, v, mask, kv_lengths, baseline
+
+
 def check_backend(
     backend: str,
     head_dim: int,
@@ -76,43 +116,19 @@ def check_backend(
     dtype: torch.dtype,
 ) -> Iterator[dict]:
     """Errors of output, log-sum-exp, vote and mass against float64; the same bits twice; empty rows; no NaN."""
-    for batch, heads, seq_q, seq_k in CHECK_SIZES:
-        g = torch.Generator(DEVICE).manual_seed(seq_q)
-        q, k, v = (
-            torch.randn(batch, s, heads, 2 * head_dim, device=DEVICE, dtype=dtype, generator=g)[
-                ..., :head_dim
-            ]
-            for s in (seq_q, seq_k, seq_k)
-        )
-        if seq_q in CHECK_STEEP:
-            k *= torch.linspace(*CHECK_STEEP[seq_q], seq_k, device=DEVICE)[:, None, None].to(dtype)
-        rows, columns = -(-seq_q // block_size[0]), -(-seq_k // block_size[1])
-        keep = torch.rand(batch, heads, rows, columns, device=DEVICE, generator=g) < 0.5
-        keep[0, 0, -1] = False
-        keep[-1, -1, 0, -1] = True
-        visits = CHECK_VISITS.get(seq_q, "descending")
-        mask = spoil(BlockMask.from_dense(keep, block_size, (seq_q, seq_k), visits=visits))
-        options = {"vote_threshold": -1.0, "return_lse": True}
-        exact_options = {"scale": head_dim**-0.5, "vote_threshold": -1.0, "want_lse": True}
-        tokens = token_mask(mask, None)
-        if batch in CHECK_LENGTHS:
-            kv_lengths = torch.tensor(CHECK_LENGTHS[batch], device=DEVICE, dtype=torch.int32)
-            options["kv_lengths"] = exact_options["kv_lengths"] = kv_lengths
-            tokens = token_mask(mask, kv_lengths)
-        baseline = F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=tokens
-        )
-        # PyTorch gives a row without keys whatever it likes; ours are zeros.
-        attended = tokens.any(-1).expand(batch, heads, seq_q)[..., None]
-        baseline = torch.where(attended, baseline, 0).transpose(1, 2)
-        for i, length in enumerate(CHECK_LENGTHS.get(batch, ())):
-            # What padding holds must not leak.
-            k[i, length:] = float("nan")
-            v[i, length:] = float("inf")
+    for sizes in CHECK_SIZES:
+        batch, heads, seq_q, seq_k = sizes
+        q, k, v, mask, kv_lengths, baseline = make_case(sizes, head_dim, block_size, dtype)
+        options = {"vote_threshold": -1.0, "return_lse": True, "kv_lengths": kv_lengths}
+        exact_options = {
+            "scale": head_dim**-0.5,
+            "vote_threshold": -1.0,
+            "want_lse": True,
+            "kv_lengths": kv_lengths,
+        }
+        g = torch.Generator(DEVICE).manual_seed(seq_q + 1)
         with poisoned_memory():
-            plain = attend_blocks(
-                q, k, v, mask, backend=backend, kv_lengths=options.get("kv_lengths")
-            ).out
+            plain = attend_blocks(q, k, v, mask, backend=backend, kv_lengths=kv_lengths).out
             got, again = (
                 attend_blocks(q, k, v, mask, backend=backend, **options) for _ in range(2)
             )
@@ -178,14 +194,13 @@ def check_backend(
         }
 
 
-def check_graph(backend: str) -> dict:
-    """The kernel can be captured in a CUDA graph and replayed on other inputs."""
+def check_graph(backend: str, block_size: tuple[int, int] = (128, 128), **options: object) -> dict:
+    """The kernel can be captured in a CUDA graph and replayed on other inputs; with a vote unless told otherwise."""
     shape = (1, 2, 500, 128)
     q, k, v = make_inputs(shape)
-    mask = make_mask(shape, (128, 128), 0.5)
-    run = partial(
-        attend_blocks, q, k, v, mask, backend=backend, vote_threshold=-3.0, return_lse=True
-    )
+    mask = make_mask(shape, block_size, 0.5)
+    options = options or {"vote_threshold": -3.0, "return_lse": True}
+    run = partial(attend_blocks, q, k, v, mask, backend=backend, **options)
     run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -193,8 +208,7 @@ def check_graph(backend: str) -> dict:
     for x, new in zip((q, k, v), make_inputs(shape, seed=1), strict=True):
         x.copy_(new)
     graph.replay()
-    want = run()
-    same = torch.equal(captured.out, want.out) and torch.equal(captured.vote, want.vote)
+    same = all(x is None or torch.equal(x, want) for x, want in zip(captured, run(), strict=True))
     return {"kind": "check", "backend": backend, "what": "CUDA graph", "ok": same}
 
 

@@ -219,18 +219,24 @@ def visible_counts(
     lists = kv_indices.contiguous().expand(batch, heads, q_blocks, kv_blocks)
     visible = torch.empty(batch, heads, q_blocks, dtype=torch.int32, device=counts.device)
     if visible.numel():
-        count_visible[(batch * heads, -(-q_blocks // 128))](
-            counts,
-            lists,
-            kv_lengths.contiguous(),
-            visible,
-            *counts.stride()[:2],
-            *lists.stride()[:2],
-            heads,
-            q_blocks,
-            kv_blocks,
-            kv_blocks.bit_length(),
-            kv_block,
+        kv_lengths = kv_lengths.contiguous()
+        launch_kernel(
+            count_visible,
+            (batch * heads, -(-q_blocks // 128)),
+            (counts.device, aligned(counts, lists, kv_lengths)),
+            (
+                counts,
+                lists,
+                kv_lengths,
+                visible,
+                *counts.stride()[:2],
+                *lists.stride()[:2],
+                heads,
+                q_blocks,
+                kv_blocks,
+                kv_blocks.bit_length(),
+                kv_block,
+            ),
             ROWS=128,
             num_warps=4,
         )

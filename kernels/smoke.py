@@ -20,6 +20,7 @@ from sparsediff.kernels.bench_inputs import DEVICE, make_inputs, spoil
 FORMS = {
     "triton": (((128, 128), 128), ((64, 64), 64), ((128, 64), 96)),
     "gluon": (((128, 128), 128), ((128, 64), 64)),
+    "gluon_pairs": (((64, 64), 128), ((64, 64), 64)),
     "gluon_int8": (((128, 128), 128),),
     "gluon_fp8": (((128, 128), 128),),
 }
@@ -51,6 +52,7 @@ def attend(backend: str, block_size: tuple[int, int], head_dim: int) -> None:
         attend_blocks(q, k, v, mask, backend=backend, return_lse=True, vote_threshold=-1.0)
         lengths = torch.tensor([seq // 2, seq], device=DEVICE, dtype=torch.int32)
         attend_blocks(q, k, v, mask, backend=backend, kv_lengths=lengths, return_mass=True)
+        attend_blocks(q, k, v, mask, backend=backend, kv_lengths=lengths, return_lse=True)
 
 
 def masks_and_orders() -> None:

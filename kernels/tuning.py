@@ -75,6 +75,42 @@ def hopper_ring(block_n: int, block_d: int) -> tuple[int, bool]:
     return (3, True) if block_n == 128 else (5, False)
 
 
+class PairForm(NamedTuple):
+    """How the Hopper kernels for pairs of 64-row blocks are cut."""
+
+    ring: int  # stages, each K and V of one block: 32 KB, or 16 KB at head size 64
+    alias: bool  # the output shares Q's buffers
+    turns: bool  # the warpgroups take turns on the tensor cores where both have the block
+    programs: int = 1  # on a multiprocessor at a time, or at head size 64 also 2 (with `alias`)
+    wide: bool = False  # tiles of two blocks: stages are twice as large, and the warpgroups always take turns
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """A thread's at entry, which 3 x 128 threads a program share, and what each consumer then takes."""
+        return (168, 240) if self.programs == 1 else (80, 104)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Compile-time arguments.  Two programs hide each other's waits, and have no registers to overlap anything."""
+        if self.wide:
+            return {"RING": self.ring, "ALIAS": self.alias}
+        return {
+            "RING": self.ring,
+            "ALIAS": self.alias,
+            "TURNS": self.turns,
+            "SHARED_Q": self.programs == 2,
+            "OVERLAP": self.programs == 1,
+            "REGISTERS": self.registers[1],
+        }
+
+
+def hopper_pair_form(block_d: int) -> PairForm:
+    """The one that runs; never timed."""
+    if block_d == 64:
+        return PairForm(6, True, False, programs=2)
+    return PairForm(3, True, True, wide=True)
+
+
 def hopper_8bit_ring(fp8_pv: bool) -> int:
     """Stages of the ring with 8-bit keys, and with 16-bit or 8-bit values: 48 or 32 KB a stage."""
     return 5 if fp8_pv else 3
@@ -93,6 +129,17 @@ def why_not_hopper(
         return why_not
     if block_size not in ((128, 128), (128, 64)):
         return f"serves blocks of (128, 128) and (128, 64) tokens, got {block_size}"
+    return ""
+
+
+def why_not_hopper_pairs(
+    capability: tuple[int, int], bits: int, head_dim: int, block_size: tuple[int, int]
+) -> str:
+    """One line on what keeps the Hopper kernel for pairs of rows from serving such a call, or ""."""
+    if why_not := _why_not_hopper_tensors(capability, bits, head_dim):
+        return why_not
+    if block_size != (64, 64):
+        return f"serves blocks of (64, 64) tokens, got {block_size}"
     return ""
 
 

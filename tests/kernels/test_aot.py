@@ -23,20 +23,36 @@ def compile_ahead(*arguments):
 
 def assert_sound(kernel):
     name = kernel["kernel"]
-    if name.startswith("hopper"):
+    if "two programs" in name:
+        assert kernel["registers"] == 80, "two programs share the registers of a multiprocessor"
+        assert kernel["stack_bytes"] == 0, kernel
+        # ptxas would end every single product before the next if it were short of registers.
+        assert kernel["waits"] == 8, (
+            "two of each of S and PV in both warpgroups, none inside a product"
+        )
+        assert kernel["shared_bytes"] <= (228 // 2 - 1) * 1024, "two programs a multiprocessor"
+    elif name.startswith("hopper"):
         assert kernel["registers"] == 168, "the warpgroups' register budget starts from 168"
-        # With all by-products a few registers are set aside between rows of blocks.
-        assert kernel["stack_bytes"] <= (32 if "byproducts" in name else 0), kernel
+        # With by-products a few registers are set aside between rows of blocks.
+        some = "byproducts" in name or name.endswith("lse")
+        assert kernel["stack_bytes"] <= (32 if some else 0), kernel
         tile_columns = int(name.split("128x")[1].split()[0])
         assert len(kernel["overlapped_exponentials"]) == 2, name
         # Each thread has half a row of a 64-row tile pair: BLOCK_N / 2 exponentials, minus a few that may lag.
         assert min(kernel["overlapped_exponentials"]) >= tile_columns // 2 - 4, (
             "the softmax does not hide PV"
         )
+        if "int8" not in name and "pairs" not in name:
+            # The maxima of a thread's two rows over its quad.  At head size 64 nothing hides what else waits there.
+            assert kernel["detours"] == [4, 4], "by-products hold up the softmax"
         if "fp8" not in name:
             # A thread has half a row of the output: in the loop of each warpgroup, and the 16-bit kernel once more after it.
             each = 32 if " D64 " in name else 64
-            assert kernel["jumped_multiplications"] == [each] * (2 if "int8" in name else 4), kernel
+            # The wide kernel has them once more before and after what both rows want.
+            times = 2 if "int8" in name else 8 if "wide" in name else 4
+            assert kernel["jumped_multiplications"] == [each] * times, kernel
+            if "int8" not in name:
+                assert kernel["waits"] == 2 * times, "ptxas has serialised products"
     elif name.startswith("mass"):
         assert kernel["registers"] == 96, "five warpgroups' register budget starts from 96"
         # Set aside between rows; none of it in the loop

@@ -15,9 +15,12 @@ CHECKS = [name for name in bench.PARTS if name.startswith("check_")]
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("part", CHECKS)
 def test_kernels_hold_against_float64(part):
-    backend = {"check_gluon": "gluon", "check_gluon_more": "gluon", "check_8bit": "gluon_fp8"}.get(
-        part, "triton"
-    )
+    backend = {
+        "check_gluon": "gluon",
+        "check_gluon_more": "gluon",
+        "check_pairs": "gluon_pairs",
+        "check_8bit": "gluon_fp8",
+    }.get(part, "triton")
     if why_not := available_backends()[backend]:
         pytest.skip(f"{backend}: {why_not}")
     for record in bench.PARTS[part]():

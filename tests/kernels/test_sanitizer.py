@@ -26,6 +26,7 @@ pytestmark = [
     [
         ("memcheck", "triton"),
         ("memcheck", "gluon"),
+        ("memcheck", "gluon_pairs"),
         ("memcheck", "gluon_int8"),
         ("memcheck", "gluon_fp8"),
         ("racecheck", "triton"),
