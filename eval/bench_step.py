@@ -13,7 +13,7 @@ import contextlib
 import json
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar
@@ -29,6 +29,7 @@ from sparsediff.api import watch
 from sparsediff.eval.step_models import STEP_MODELS, StepModel
 from sparsediff.kernels.bench_inputs import git_commit
 from sparsediff.methods import AttentionSite, Auto
+from sparsediff.methods.custom import Budget
 from sparsediff.schedule import Schedule
 
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
@@ -43,9 +44,14 @@ DENSE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Ladder(Auto):
-    """`auto` with one density after another, each held for `CALLS` timesteps: one enabled, once compiled model."""
+    """`auto` with one density after another, each held for `CALLS` timesteps: one enabled, once compiled model.
+
+    A layer has its own budget, because no step comes before the first of a density.
+    """
 
     name: ClassVar[str] = "ladder"
+
+    budget: Budget = "layer_percentile"
 
     def refreshes(self, site: AttentionSite, last_refresh: int | None) -> bool:
         """At the first timestep of each density."""
@@ -55,8 +61,8 @@ class Ladder(Auto):
         self, query: Tensor, key: Tensor, site: AttentionSite, *, lse: Tensor | None = None
     ) -> Tensor:
         """As `auto` does at the density of the timestep."""
-        rung = Auto(density=DENSITIES[site.step // CALLS % len(DENSITIES)])
-        return rung.keep_blocks(query, key, site, lse=lse)
+        rung = replace(self, density=DENSITIES[site.step // CALLS % len(DENSITIES)])
+        return super(Ladder, rung).keep_blocks(query, key, site, lse=lse)
 
 
 def main(out: Path | None = None, name: str = "wan-14b") -> None:

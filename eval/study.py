@@ -119,22 +119,21 @@ def arms() -> Iterator[Arm]:
 
 
 def candidates() -> Iterator[Arm]:
-    """What might become the default: forms of `auto`, beside it as it is."""
-    twice = {"refresh": (0.6,), "stride": 2}
-    shared = {"budget": "model_percentile", **twice}
+    """Why the default is what it is: forms of `auto`, beside it as it is."""
     for d in DENSITIES:
         for changes in (
             {},
-            {"budget": "model_percentile"},
-            shared,
-            {**shared, "row_share": 0.25},
-            {**shared, "row_share": 0.5},
-            {**shared, "row_share": 0.25, "stride": 1},
-            {**shared, "row_share": 0.25, "windows": ((1, 8, 8),)},
-            {**shared, "row_share": 0.25, "producer": "pooled", "refresh": 1},
-            {"budget": "layer_percentile", "row_share": 0.25, **twice},
-            {"budget": "head_adaptive", **twice},
-            twice,
+            {"refresh": ()},
+            {"refresh": (0.4, 0.7)},
+            {"row_share": 0.0},
+            {"row_share": 0.25},
+            {"stride": 2},
+            {"windows": ()},
+            {"windows": ((1, 8, 8),)},
+            {"budget": "layer_percentile"},
+            {"budget": "head_adaptive"},
+            {"budget": "row_top_k"},
+            {"budget": "row_top_k", "refresh": ()},
         ):
             yield Arm(Auto(density=d, **changes), d, changes)
 

@@ -41,7 +41,7 @@ FIRST = STEPS // 5  # steps before it are dense
 LAYER = "transformer.blocks.0.attn1"
 METHODS: tuple[Method, ...] = (
     Auto(),
-    Auto(budget="model_percentile", refresh=(0.6,)),
+    Auto(stride=1),
     AdaSpa(block=128),
     AdaSpa(block=64),
     SparseD(block=128),

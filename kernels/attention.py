@@ -10,7 +10,7 @@ with `j` running over the tokens of the key blocks that the mask keeps for the q
 | `cpu`       | CPU    | fp16, bf16, fp32 | any      | faster than dense attention below `CPU_BREAK_EVEN`     |
 | `triton`    | CUDA   | fp16, bf16, fp32 | 64, 96, 128, 256 | portable kernel, SM80 and newer; blocks of multiples of 16 |
 | `gluon`     | SM90   | fp16, bf16       | 64, 96, 128 | Hopper kernel (TMA, warp specialisation); blocks 128x128, 128x64 |
-| `gluon_pairs` | SM90  | fp16, bf16       | 64, 96, 128 | Hopper kernel for blocks of 64x64, two rows a program: by name only, never run yet |
+| `gluon_pairs` | SM90  | fp16, bf16       | 64, 96, 128 | Hopper kernel for blocks of 64x64, two rows a program; a vote or mass: `triton` |
 | `gluon_int8` | SM90  | fp16, bf16       | 128      | the same with 8-bit logits: faster, less exact, by name only |
 | `gluon_fp8` | SM90   | fp16, bf16       | 128      | 8-bit values as well: faster and less exact again, by name only |
 
@@ -204,13 +204,15 @@ def select_backend(
     head_dim: int,
     block_size: tuple[int, int],
     backend: str = "auto",
+    *,
+    byproducts: bool = False,
 ) -> BackendChoice:
-    """Which backend serves such a call, and why.
+    """Which backend serves such a call, with a vote or mass if it asks for `byproducts`, and why.
 
     Raises:
         ValueError: if `backend` is unknown or cannot serve it; the message names what can.
     """
-    return _select(torch.device(device), dtype, head_dim, tuple(block_size), backend)
+    return _select(torch.device(device), dtype, head_dim, tuple(block_size), backend, byproducts)
 
 
 @cache
@@ -220,6 +222,7 @@ def _select(
     head_dim: int,
     block_size: tuple[int, int],
     backend: str,
+    byproducts: bool,
 ) -> BackendChoice:
     if backend == "auto":
         if device.type == "cpu":
@@ -228,6 +231,13 @@ def _select(
             return BackendChoice(
                 "reference", f"{why_not}: correct, but slower than dense attention"
             )
+        if not _why_not_pairs(device, dtype, head_dim, block_size):
+            if byproducts:
+                return BackendChoice(
+                    "triton",
+                    "portable Triton kernel (the Hopper kernel for blocks of 64x64 finds no votes and no mass)",
+                )
+            return BackendChoice("gluon_pairs", "Hopper kernel, two rows of 64 tokens a program")
         if why_not := _why_not_gluon(device, dtype, head_dim, block_size):
             return BackendChoice("triton", f"portable Triton kernel (the Hopper kernel {why_not})")
         return BackendChoice("gluon", "Hopper kernel")
@@ -413,7 +423,14 @@ def _attend_blocks(
     backend,
 ):
     # Chosen in here, where torch.compile does not look: the choice reads files and device properties.
-    choice = select_backend(query.device, query.dtype, query.shape[-1], tuple(block_size), backend)
+    choice = select_backend(
+        query.device,
+        query.dtype,
+        query.shape[-1],
+        tuple(block_size),
+        backend,
+        byproducts=want_mass or vote_threshold is not None,
+    )
     mask = BlockMask(kv_num_blocks, kv_indices, tuple(block_size), (query.shape[1], key.shape[1]))
     # Triton launches on the current device, which need not be the one that holds the tensors.
     with torch.cuda.device_of(query):

@@ -99,7 +99,7 @@ class BlockAttention:
         block_size = method.block_size(grid)
         key, value = _for_each_head(query, key, value)
         backend = self._backend(query, grid)
-        if backend.name == "reference":
+        if backend.name == "reference":  # then it is with votes, too
             return None, f"no fast kernel: {backend.reason}"
         order = method.order(site)
         layout = Layout(
@@ -116,7 +116,7 @@ class BlockAttention:
         if dense_reason is not None or (
             choosing and method.searches_dense(site, slot.refreshed_at)
         ):
-            out = self._search(slot, site, query, key, value, order, backend.name)
+            out = self._search(slot, site, query, key, value, order)
             reason = dense_reason or "search: blocks are chosen from exact attention"
             self._recorder.dense(self._layers[index], site.step, reason, warn=False)
             self._show(
@@ -180,6 +180,7 @@ class BlockAttention:
             windows=slot.heads,
         )
         density = slot.density
+        backend = self._backend(query, grid, votes=threshold is not None)
         result = run_backend(
             backend.name,
             q,
@@ -207,7 +208,6 @@ class BlockAttention:
         key: Tensor,
         value: Tensor,
         order: TokenOrder | None,
-        backend: str,
     ) -> Tensor:
         """Dense attention, whose log-sum-exp makes the block mass that blocks are chosen by half as dear."""
         method, grid, lengths = self.method, site.grid, (query.shape[1], key.shape[1])
@@ -216,7 +216,7 @@ class BlockAttention:
         if site.visible is not None:
             everything = BlockMask.from_dense(site.visible, block_size, lengths)
         result = run_backend(
-            backend,
+            self._backend(query, grid).name,
             query,
             key,
             value,
@@ -241,13 +241,14 @@ class BlockAttention:
         slot.lse = lse.half() if keeps_lse else None
         return result.out
 
-    def _backend(self, query: Tensor, grid: TokenGrid) -> BackendChoice:
+    def _backend(self, query: Tensor, grid: TokenGrid, *, votes: bool = False) -> BackendChoice:
         return _backend_for(
             query.device.type,
             query.dtype,
             query.shape[-1],
             self.method.block_size(grid),
             self.method.backend,
+            votes,
         )
 
     def _keep_blocks(
@@ -288,9 +289,14 @@ class BlockAttention:
 
 @functools.lru_cache(maxsize=64)
 def _backend_for(
-    device: str, dtype: torch.dtype, head_dim: int, block_size: tuple[int, int], name: str
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: tuple[int, int],
+    name: str,
+    votes: bool,
 ) -> BackendChoice:
-    return select_backend(torch.device(device), dtype, head_dim, block_size, name)
+    return select_backend(torch.device(device), dtype, head_dim, block_size, name, byproducts=votes)
 
 
 def _for_each_head(query: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

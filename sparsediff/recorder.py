@@ -20,6 +20,7 @@ KEPT_BLOCK_COST = {
     "cpu": 1.0 / CPU_BREAK_EVEN,
     "triton": 1.3,
     "gluon": 0.95,
+    "gluon_pairs": 1.1,
     "gluon_int8": 0.86,
     "gluon_fp8": 0.75,
 }

@@ -1,8 +1,9 @@
 """The default: the hybrid that measured best on the bundled models (docs/methods.md).
 
-It is not a published method.  From AdaSpa (arXiv:2502.21079) it takes the exact block mass, measured once beside a
-dense call; from PAROAttention (arXiv:2506.16054) the order of tokens chosen by head, but while the run goes on, so that
+It is not a published method.  From AdaSpa (arXiv:2502.21079) it takes the exact block mass, measured beside a dense
+call; from PAROAttention (arXiv:2506.16054) the order of tokens chosen by head, but while the run goes on, so that
 nothing needs calibrating; and from all of them the finding that the pattern hardly moves from one step to the next.
+Its own is where blocks are spent: one budget for all layers and heads, half of it kept evenly by every row of blocks.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from functools import lru_cache
 from typing import ClassVar
 
 from sparsediff.methods.base import AttentionSite
-from sparsediff.methods.custom import Custom
+from sparsediff.methods.custom import Budget, Custom
 from sparsediff.methods.sparse_d import SparseD
 from sparsediff.token_grid import TokenGrid, TokenOrder, Window
 
 # Block -> (frames, height, width): a patch of one frame.
 PATCHES = {32: (1, 4, 8), 64: (1, 8, 8), 128: (1, 8, 16)}
+# In a shorter run a second choice costs more than the same time spent on blocks gains (LOG.md).
+LONG_RUN, AGAIN = 20, (0.5,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +28,24 @@ class Auto(Custom):
     """Dense while the layout forms; its last dense step finds for every head the order and the blocks that matter.
 
     Attributes:
-        density: share of key blocks that every query block keeps.
-        windows: `None` offers each head a patch of one frame and a column through all frames; an image has patches only.
+        density: share of key blocks kept, of all layers and heads together.
+        budget: the best blocks of all layers; see `Custom`.
+        row_share: half of the budget is every row's own.
+        stride: None looks at 64 query tokens of a block.
+        windows: None offers each head a patch of one frame and a column through all frames; an image has patches only.
+        refresh: None chooses again at half of a run that is known to have 20 steps or more, `()` never.
 
     The other parameters are those of `Custom`.
     """
 
     name: ClassVar[str] = "auto"
     summary: ClassVar[str] = (
-        "the default hybrid: short dense prefix, exact block mass once, order by head"
+        "the default hybrid: short dense prefix, exact block mass, order by head, one budget for all layers"
     )
 
+    budget: Budget = "model_percentile"
+    row_share: float = 0.5
+    stride: int | None = None
     windows: tuple[Window, ...] | None = None
 
     def _require_windows(self) -> None:
@@ -60,6 +70,12 @@ class Auto(Custom):
             )
         block = {} if self.block is None else {"block": self.block}
         return SparseD(select=self.density, **block)
+
+    def refreshes(self, site: AttentionSite, last_refresh: int | None) -> bool:
+        """The first time, and as `refresh` says."""
+        if self.refresh is not None or last_refresh is None:
+            return super().refreshes(site, last_refresh)
+        return (site.num_steps or 0) >= LONG_RUN and site.passed(AGAIN, last_refresh)
 
     def order(self, site: AttentionSite) -> TokenOrder | None:
         """A patch or a column, as the head likes."""

@@ -46,7 +46,7 @@ SPEND: dict[Budget, Callable[[Tensor, float], Tensor]] = {
 }
 SAMPLED_BLOCKS = 32  # query blocks of each head that a window is judged by
 STRIDES = (1, 2, 4)
-LEAST_ROWS = 32  # of a block that are looked at
+ROWS, LEAST_ROWS = 64, 32  # of a block that are looked at unless told otherwise, and at least
 COUNTED_BLOCKS = 8  # query blocks of each head that are counted for a budget of all layers
 
 
@@ -67,7 +67,7 @@ class Custom(SquareBlockMethod):
         row_share: of a budget that rows share (`..._percentile`), the share that every row of blocks has to itself; with the
             others a row has all of its budget to itself anyway.
         stride: find mass by every so many-th query token (1, 2 or 4), at least 32 of a block: 2 halves the time that
-            choosing takes.  With pooled scores only windows are chosen by mass.
+            choosing takes.  None looks at 64 of a block.  With pooled scores only windows are chosen by mass.
         windows: which tokens share a block: `()` keeps the sequence, one window serves all heads, of several each head
             takes the one under which it keeps the most mass.  A window is `(frames, height, width)` or an order of
             the axes such as `"HWF"`.
@@ -88,7 +88,7 @@ class Custom(SquareBlockMethod):
     producer: Producer = "mass"
     budget: Budget = "row_top_k"
     row_share: float = 0.0
-    stride: int = 1
+    stride: int | None = 1
     windows: tuple[Window, ...] = ()
     block: int | None = None
     refresh: int | tuple[float, ...] | None = None
@@ -104,7 +104,8 @@ class Custom(SquareBlockMethod):
         }.items():
             self._require(name, str, lambda x, k=kinds: x in k, f"one of {', '.join(kinds)}")
         self._require("row_share", float, lambda x: 0 <= x <= 1, "a share in [0, 1]")
-        self._require("stride", int, lambda x: x in STRIDES, "1, 2 or 4")
+        if self.stride is not None:
+            self._require("stride", int, lambda x: x in STRIDES, "1, 2, 4 or None")
         self._require_block()
         self._require_windows()
         if isinstance(self.refresh, tuple):
@@ -246,7 +247,8 @@ class Custom(SquareBlockMethod):
         )
 
     def _step(self, block: int) -> int:
-        return min(self.stride, block // LEAST_ROWS)
+        stride = max(1, block // ROWS) if self.stride is None else self.stride
+        return min(stride, block // LEAST_ROWS)
 
     def _with_own(self, scores: Tensor) -> Tensor:
         """The scores, of a budget that rows share those infinite that their row keeps whatever others score."""

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -165,15 +166,40 @@ def test_draft_attention_scores_sub_blocks_by_their_log_sum_exp(grid, parts):
                 )
 
 
-def test_auto_keeps_the_heaviest_blocks_of_each_row():
+def test_auto_keeps_the_heaviest_blocks_of_each_row_and_then_of_the_layer():
     grid = TokenGrid.video(4, 8, 12)
-    method = Auto(density=0.3, block=64)
     q, k = queries(grid.num_tokens)
-    keep = method.keep_blocks(q, k, site(grid))
+    q[:, :192] *= 6  # the first rows are sharp, the others look everywhere
+    keep = Auto(density=0.5, block=64).keep_blocks(q, k, site(grid))[0]
     exact = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()).div(4).softmax(-1)
-    mass = exact.view(1, 2, 6, 64, 6, 64).sum((3, 5))
-    for row_mass, row_keep in zip(mass.view(-1, 6), keep.view(-1, 6), strict=True):
-        assert set(row_mass.topk(2).indices.tolist()) == set(row_keep.nonzero()[:, 0].tolist())
+    mass = exact.view(2, 6, 64, 6, 64).sum((2, 4))
+    own = row_top_k(mass[None], 0.25)[0]  # half of the budget
+    assert (own.sum(-1) == 2).all()
+    assert (own <= keep).all()
+    assert keep.sum() in (36, 37), "half of the blocks of both heads"
+    assert mass[keep & ~own].min() >= mass[~keep].max()
+    assert keep.sum(-1).unique().numel() > 1, "rows spend unevenly"
+
+
+def test_auto_chooses_again_at_half_of_a_long_run():
+    grid = TokenGrid.video(4, 8, 8)
+
+    def chooses(method, steps, first=4):
+        sites = [replace(site(grid, step=s), num_steps=steps) for s in range(first, steps or 50)]
+        last, chosen = None, []
+        for at in sites:
+            if method.refreshes(at, last):
+                last = at.step
+                chosen.append(last)
+        return chosen
+
+    assert chooses(Auto(), 50) == [4, 25]
+    assert chooses(Auto(), 20) == [4, 10]
+    assert chooses(Auto(), 19) == chooses(Auto(), None) == [4], "short, or nobody knows"
+    assert chooses(Auto(), 50, first=30) == [30], "the first choice came later"
+    assert chooses(Auto(refresh=()), 50) == [4]
+    assert chooses(Auto(refresh=(0.4, 0.7)), 10) == [4, 7]
+    assert not Auto().needs_step_count, "a bare transformer runs with one choice"
 
 
 def test_a_hybrid_looks_again_as_told():
@@ -320,7 +346,7 @@ def test_every_method_describes_itself(name):
         (lambda: Auto(density=True), "density must be a share"),
         (lambda: Auto(refresh=2.5), "refresh must be None, a number of steps"),
         (lambda: Custom(row_share=1.5), r"row_share must be a share in \[0, 1\]"),
-        (lambda: Custom(stride=3), "stride must be 1, 2 or 4"),
+        (lambda: Custom(stride=3), "stride must be 1, 2, 4 or None"),
         (lambda: build_method("lite"), "did you mean 'lite_attention'"),
         (lambda: build_method("draft_attention", sparsty=0.5), "did you mean 'sparsity'"),
         (lambda: row_top_k(torch.zeros(1, 1, 2, 2), 0.0), r"density must be in \(0, 1\]"),

@@ -149,7 +149,13 @@ def test_of_a_small_block_all_tokens_count():
     grid = TokenGrid.video(5, 8, 8)
     g = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 320, 2, 16, generator=g) for _ in range(2))
-    for block, stride, same in ((32, 4, 1), (64, 4, 2)):
+    for block, stride, same in (
+        (32, 4, 1),
+        (64, 4, 2),
+        (32, None, 1),
+        (64, None, 1),
+        (128, None, 2),
+    ):
         kept = [Custom(block=block, stride=s).keep_blocks(q, k, site(grid)) for s in (stride, same)]
         assert torch.equal(*kept)
 

@@ -95,7 +95,7 @@ def test_every_kind_of_step(name, backend, monkeypatch):
     if "text" not in report["grid"]:
         # 1280 tokens are 20 blocks of 64; every density is held for four timesteps.
         want = [d for d in (0.5, 0.3, 0.2, 0.1) for _ in range(bench_step.CALLS)]
-        assert report["densities"] == pytest.approx(want, abs=1e-6)
+        assert report["densities"] == pytest.approx(want, abs=0.002)
     else:
         rungs = report["densities"][:: bench_step.CALLS]
         assert rungs == sorted(rungs, reverse=True)

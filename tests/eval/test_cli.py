@@ -44,11 +44,11 @@ def test_compare_writes_everything_and_says_what_it_cost(tmp_path, capsys):
         "random weights",
     ):
         assert word in out.out
-    assert "density 0.4" in out.err, "the progress bar shows the density"
+    assert "density 0.3" in out.err, "the progress bar shows the density"
     names = {p.name for p in (tmp_path / "new").iterdir()}
     assert names == {"dense.mp4", "sparse.mp4", "side_by_side.mp4", "frames.png", "comparison.json"}
     data = json.loads((tmp_path / "new/comparison.json").read_text())
-    assert data["report"]["density"] == pytest.approx(0.4, abs=0.02)
+    assert data["report"]["density"] == pytest.approx(0.32, abs=0.02)
     assert data["speedup"] == pytest.approx(data["dense_seconds"] / data["sparse_seconds"])
     assert data["request"]["steps"] == 2
     assert data["environment"]["torch"]

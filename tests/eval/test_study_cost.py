@@ -48,9 +48,9 @@ def test_what_reorders_pays_for_it_and_static_blocks_are_looked_up_once_a_stretc
     for name in ("adaspa", "sparse_d", "lite_attention"):
         assert rows[name]["reorder_ms"] == 0, name
     searches = {name: row["searches"] for name, row in rows.items()}
-    # Steps 10 to 49 of 50 meet all four stretches; AdaSpa looks at 20 % and 60 %.
+    # Steps 10 to 49 of 50 meet all four stretches; AdaSpa looks at 20 % and 60 %, auto at 20 % and half.
     assert searches == {
-        "auto": 1, "adaspa": 2, "sparse_d": 1, "draft_attention": 40, "lite_attention": 1,
+        "auto": 2, "adaspa": 2, "sparse_d": 1, "draft_attention": 40, "lite_attention": 1,
         "paro_attention": 4, "sparse_vdit": 4,
     }  # fmt: skip
 
