@@ -147,7 +147,8 @@ def run(args: argparse.Namespace) -> None:
     pipe = tiny.load_folder(tiny.WEIGHTS, args.model, torch_dtype=dtype, device=device)
     pipe.set_progress_bar_config(disable=True)
     # Those after the compared ones calibrate.
-    _, captions = exam(args.prompts + CALIBRATION_PROMPTS)
+    _, captions = exam(args.skip + args.prompts + CALIBRATION_PROMPTS)
+    captions = captions[args.skip :]
     prompts = [p for p in captions[: args.prompts] for _ in range(args.seeds)]
     measured = captions[args.prompts :]
     call = {
@@ -171,6 +172,7 @@ def run(args: argparse.Namespace) -> None:
         "schema": SCHEMA,
         "model": args.model,
         "prompts": args.prompts,
+        "skipped": args.skip,
         "seeds": args.seeds,
         "call": call,
         "dense_share": DENSE_SHARE,
@@ -204,10 +206,13 @@ def _chosen_arms(args: argparse.Namespace) -> list[Arm]:
     known = list(dict.fromkeys(a.method.name for a in every()))
     if unknown := [name for name in args.arms or () if name not in known]:
         raise ValueError(f"no arm is called {', '.join(unknown)}; there are {', '.join(known)}")
-    if not 1 <= args.prompts <= EXAM - CALIBRATION_PROMPTS:
+    left = EXAM - CALIBRATION_PROMPTS
+    if not 0 <= args.skip < left:
+        raise ValueError(f"--skip must be 0 to {left - 1}, got {args.skip}")
+    if not 1 <= args.prompts <= left - args.skip:
         raise ValueError(
-            f"--prompts must be 1 to {EXAM - CALIBRATION_PROMPTS}: the exam has {EXAM} captions, and "
-            f"{CALIBRATION_PROMPTS} of them calibrate"
+            f"--prompts must be 1 to {left - args.skip}: the exam has {EXAM} captions, and {CALIBRATION_PROMPTS} of "
+            f"them calibrate{f', {args.skip} are skipped' if args.skip else ''}"
         )
     if not 0 <= args.shard < args.shards:
         raise ValueError(
@@ -293,6 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     one.add_argument("--size", type=int, default=tiny.CALL["width"])
     one.add_argument("--steps", type=int, default=tiny.CALL["num_inference_steps"])
     one.add_argument("--prompts", type=int, default=16)
+    one.add_argument("--skip", type=int, default=0, help="captions of the exam to pass over")
     one.add_argument("--seeds", type=int, default=2, help="seeds of each prompt")
     one.add_argument("--batch", type=int, default=32, help="clips at a time")
     one.add_argument("--arms", nargs="*", help="methods by name; all unless given")

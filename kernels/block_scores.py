@@ -230,16 +230,14 @@ def block_mass_reference(
                 scores = query[b, rows, h].float().mul(scale) @ k
                 if kv_lengths is not None:
                     scores.masked_fill_(places >= kv_lengths[b], -torch.inf)
-                own = scores.logsumexp(-1) if lse is None else lse[b, h, rows]
-                own = own.masked_fill(own == -torch.inf, torch.inf)
-                weights = scores.sub_(own[:, None]).exp_()
-                mass[b, h, start : start + step] = _sum_blocks(weights, bq, bk)
+                shift = scores.amax(-1) if lse is None else lse[b, h, rows]
+                shift = shift.masked_fill(shift == -torch.inf, torch.inf)
+                sums = _sum_runs(scores.sub_(shift[:, None]).exp_(), bk)
+                if lse is None:
+                    # Dividing few sums, not many scores, saves a second pass over them.
+                    sums /= sums.sum(-1, keepdim=True).clamp_(min=torch.finfo().tiny)
+                mass[b, h, start : start + step] = _sum_runs(sums.mT, bq).mT
     return mass
-
-
-def _sum_blocks(x: Tensor, bq: int, bk: int) -> Tensor:
-    """`[rows, columns]` to sums over `bq x bk` blocks, ragged at both ends, without copying `x`."""
-    return _sum_runs(_sum_runs(x, bk).mT, bq).mT
 
 
 def _sum_runs(x: Tensor, run: int) -> Tensor:

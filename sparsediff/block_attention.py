@@ -26,6 +26,9 @@ from sparsediff.token_grid import TokenGrid, TokenOrder
 # Dense attention of one call, below which a GPU waits for launches.  Measured on one H200: 1.8e11 operations (13,312
 # tokens, 4 heads of 64) ran at half the speed of dense, 6.6e12 (32,760 tokens, 12 heads of 128) as fast as predicted.
 LAUNCH_BOUND_FLOP = 1e12
+# Whose budget blocks are chosen by, as the report says it.
+SHARED = "one for all layers"
+ALONE = "one for each layer (no step came before in which scores of these tokens were sampled)"
 
 
 class BlockAttention:
@@ -256,7 +259,9 @@ class BlockAttention:
     ) -> Tensor:
         density = self.method.shared_density
         if density is not None:
-            site = replace(site, score_bar=self._counts.bar(site, len(query), density))
+            bar = self._counts.bar(site, len(query), density)
+            self._recorder.budgets[SHARED if bar is not None else ALONE] += 1
+            site = replace(site, score_bar=bar)
         return self.method.keep_blocks(query, key, site, lse=lse)
 
     @staticmethod

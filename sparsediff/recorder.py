@@ -59,6 +59,7 @@ class Recorder:
     calls: list[_Call] = field(default_factory=list)
     sigmas: dict[int, float | None] = field(default_factory=dict)
     backends: dict[str, str] = field(default_factory=dict)
+    budgets: Counter[str] = field(default_factory=Counter)
     num_steps: int | None = None
     grid: str = ""
     tokens: int | None = None
@@ -79,6 +80,7 @@ class Recorder:
         self.calls.clear()
         self.sigmas.clear()
         self.backends.clear()
+        self.budgets.clear()
         self._spans.clear()
         self._parts.clear()
         self.num_steps, self.grid, self.tokens, self.attention_share = None, "", None, None
@@ -151,6 +153,7 @@ class Recorder:
             attention_share=self.attention_share,
             attention_seconds=self._part_seconds("attention"),
             mask_seconds=self._part_seconds("mask"),
+            budgets=dict(self.budgets),
         )
 
     def estimate_speedup(self, density: float) -> float | None:

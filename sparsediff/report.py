@@ -48,6 +48,7 @@ class RunReport:
         attention_seconds: inside attention calls, dense ones too, choosing blocks included; None unless
             `handle.recorder.timed` was set before the run.
         mask_seconds: of that, choosing blocks and building their lists.
+        budgets: whose budget blocks were chosen by -> how many choices; empty unless the method shares one over layers.
     """
 
     method: str
@@ -64,6 +65,7 @@ class RunReport:
     attention_share: float | None = None
     attention_seconds: float | None = None
     mask_seconds: float | None = None
+    budgets: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def calls(self) -> int:
@@ -93,6 +95,8 @@ class RunReport:
             )
         for name, why in self.backends.items():
             lines.append(f"  kernel    {name}: {why}")
+        for whose, count in self.budgets.items():
+            lines.append(f"  budget    {whose}: {count} choices of blocks")
         dense = sum(self.dense_calls.values())
         lines.append(f"  dense     {dense} of {self.calls} calls")
         for reason, count in Counter(self.dense_calls).most_common():

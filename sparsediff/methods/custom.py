@@ -145,13 +145,18 @@ class Custom(SquareBlockMethod):
         self, query: Tensor, key: Tensor, site: AttentionSite, lse: Tensor | None
     ) -> Tensor:
         """The window under which a head's best blocks hold the most mass, judged by a sample of its query blocks."""
+        return self._best_windows(query, key, site, lse, SAMPLED_BLOCKS)
+
+    def _best_windows(
+        self, query: Tensor, key: Tensor, site: AttentionSite, lse: Tensor | None, count: int
+    ) -> Tensor:
         order, block = self.order(site), self.block_size(site.grid)[0]
         shares = []
         for window in order.windows:
             alone = TokenOrder((window,))
             q, k = alone.apply(site.grid, query, key)
             blocks = q.shape[1] // block
-            sample = _spread(0, blocks, SAMPLED_BLOCKS)
+            sample = _spread(0, blocks, count)
             q = _rows_of(q, sample, block)
             rows = None
             if lse is not None:
@@ -168,11 +173,13 @@ class Custom(SquareBlockMethod):
         return self.density if self.budget == "model_percentile" else None
 
     def sample_scores(self, query: Tensor, key: Tensor, site: AttentionSite) -> tuple[Tensor, int]:
-        """The scores of a few rows of blocks of every head, under the windows that these heads take."""
+        """The scores of a few rows of blocks of every head, under the windows that these heads would take by them."""
         order, (block, _) = self.order(site), self.block_size(site.grid)
         if order is not None:
-            chosen = order.chosen_at_run_time
-            heads = self.choose_windows(query, key, site, None) if chosen else None
+            heads = None
+            if order.chosen_at_run_time:
+                # Judged by no more rows than are counted: at short lengths it would cost more than the choice itself.
+                heads = self._best_windows(query, key, site, None, COUNTED_BLOCKS)
             query, key = order.apply(site.grid, query, key, heads=heads)
         video = site.grid.whole_blocks(block, reordered=order is not None)
         whole = min(video.stop, query.shape[1] // block)

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_runs import LAYERS, generate, site
+from small_runs import BRANCHES, LAYERS, generate, site
 
 import sparsediff
 from sparsediff import Auto, Custom, Schedule, TokenGrid
+from sparsediff.block_attention import ALONE, SHARED
 from sparsediff.budget import layer_percentile, row_top_k
 from sparsediff.kernels.block_scores import block_mass
 from sparsediff.shared_budget import BINS_AN_OCTAVE, ScoreCounts
@@ -268,6 +269,18 @@ def test_scores_are_sampled_one_step_before_blocks_are_chosen(
         generate(pipe, steps=6)
     assert samples[0] == [(layer, step) for step in sampled for layer in range(LAYERS)]
     assert samples[1] == [(layer, *x) for x in chosen.items() for layer in range(LAYERS)]
+
+
+@pytest.mark.parametrize(("dense", "whose"), [(2, SHARED), (1, ALONE)])
+def test_the_report_says_whose_budget_it_was(pipe, dense, whose):
+    with sparsediff.enable(pipe, Auto(), schedule=Schedule(dense_steps=dense)) as handle:
+        generate(pipe, steps=3)
+        report = handle.report()
+        assert report.budgets == {whose: LAYERS * BRANCHES}
+        assert f"budget    {whose}: 4 choices of blocks" in str(report)
+    with sparsediff.enable(pipe, Custom(), schedule=Schedule(dense_steps=dense)) as handle:
+        generate(pipe, steps=3)
+        assert handle.report().budgets == {}, "rows share nothing"
 
 
 def test_layers_that_stay_dense_take_no_part(pipe, samples):

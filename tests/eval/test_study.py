@@ -8,6 +8,7 @@ import pytest
 import sparsediff
 from sparsediff.eval import study
 from sparsediff.eval.environment import git_commit
+from sparsediff.pipelines.tiny.evaluate import exam
 
 SMALL = [
     "--frames",
@@ -30,14 +31,14 @@ def test_run_writes_figures_and_what_they_were_made_of(tmp_path, capsys):
     out = tmp_path / "new" / "wan.json"
     # The third of three shards is the arm of density 0.5.
     shard = ["--arms", "paro_attention", "--shard", "2", "--shards", "3"]
-    study.main(["run", *SMALL, *shard, "--out", str(out)])
+    study.main(["run", *SMALL, *shard, "--skip", "2", "--out", str(out)])
     result = json.loads(out.read_text())
     assert result["commit"] == git_commit()
     assert result["sparsediff"] == sparsediff.__version__
     assert {"torch", "diffusers", "device", "date"} <= result.keys()
     assert (result["seed"], result["seeds"], result["calibration"]["seed"]) == (0, 1, 10_000)
-    assert len(result["captions"]) == 1
-    assert len(result["calibration"]["captions"]) == 2
+    assert (result["prompts"], result["skipped"]) == (1, 2)
+    assert [*result["captions"], *result["calibration"]["captions"]] == exam(5)[1][2:]
     assert not {*result["captions"]} & {*result["calibration"]["captions"]}
     assert result["arguments"]["arms"] == ["paro_attention"]
     assert result["arguments"]["out"] == out.name
@@ -60,6 +61,8 @@ def test_run_writes_figures_and_what_they_were_made_of(tmp_path, capsys):
         (["--arms", "paro"], "no arm is called paro; there are auto, adaspa"),
         (["--prompts", "99"], r"--prompts must be 1 to 98"),
         (["--prompts", "0"], r"--prompts must be 1 to 98"),
+        (["--prompts", "16", "--skip", "90"], r"--prompts must be 1 to 8: .* 90 are skipped"),
+        (["--skip", "-1"], r"--skip must be 0 to 97, got -1"),
         (["--shard", "2", "--shards", "2"], r"--shard counts from 0 to --shards - 1 = 1, got 2"),
         (["--out", "/proc/none/x.json"], "cannot write /proc/none/x.json"),
     ],
