@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -112,28 +113,26 @@ def layouts() -> dict[str, tuple[Callable[[Tensor], Tensor], bool]]:
 
 def time_tma() -> Iterator[dict]:
     """`triton_tma` beside `triton` and the Hopper kernel of the block, in turns."""
-    for shape, density in TIMES:
-        size = SHAPES[shape]
-        q, k, v = make_inputs(size)
-        for block, hopper in HOPPER.items():
-            mask = make_mask(size, block, density)
-            runs = {}
-            for backend in ("triton", BACKEND, hopper):
-                run = partial(attend_blocks, q, k, v, mask, backend=backend)
-                try:
-                    run()
-                    torch.cuda.synchronize()
-                except Exception as error:
-                    failure = f"{type(error).__name__}: {error}"[:500]
-                    where = {"shape": shape, "block": list(block), "what": backend}
-                    yield {"kind": "failure", **where, "failure": failure}
-                else:
-                    runs[backend] = run
-            flops = tile_flops(mask, size[1], size[3])
-            ms = sustained_ms(runs, 0.25)
-            for backend, each in ms.items():
-                more = {"block": list(block), "area_density": round(mask.density, 4)}
-                if "triton" in ms:
-                    more["over_triton"] = round(ms["triton"] / each, 4)
-                yield timing(shape, backend, density, each, flops, **more)
-        del q, k, v
+    for (shape, density), block in product(TIMES, HOPPER):
+        yield from survive(f"{shape} {density} {block}", partial(time_case, shape, density, block))
+
+
+def time_case(shape: str, density: float, block: tuple[int, int]) -> Iterator[dict]:
+    """Each of the three that runs; `over_triton` is how many times as fast as with pointers."""
+    size = SHAPES[shape]
+    q, k, v = make_inputs(size)
+    mask = make_mask(size, block, density)
+    runs = {}
+    for backend in ("triton", BACKEND, HOPPER[block]):
+        run = partial(attend_blocks, q, k, v, mask, backend=backend)
+        failures = list(survive(f"{backend} {shape} {block}", lambda run=run: run() and ()))
+        yield from failures
+        if not failures:
+            runs[backend] = run
+    flops = tile_flops(mask, size[1], size[3])
+    ms = sustained_ms(runs, 0.25)
+    for backend, each in ms.items():
+        more = {"block": list(block), "area_density": round(mask.density, 4)}
+        if "triton" in ms:
+            more["over_triton"] = round(ms["triton"] / each, 4)
+        yield timing(shape, backend, density, each, flops, **more)
