@@ -3,6 +3,12 @@
 One program owns `BLOCK_M` query rows and walks its list of key blocks from the end.  A ragged block stands last in its
 list, and with key lengths lists ascend, so only the first block it meets can reach past the end: that one is peeled off
 and masked, the loop is not.
+
+Tiles of queries, keys and values come through pointers, or with `TMA` through host-made tensor descriptors `[B, H, S, D]`,
+which read zeros past every end: head sizes need no masks, and rows past a ragged end score zero until they are masked.
+Where key lengths end, TMA reads on: values there may be NaN or infinite and are set to zero before they meet their
+weights of zero.
+
 Softmax runs in base 2 and online (FlashAttention-2, arXiv 2307.08691); the vote is LiteAttention's
 (arXiv 2511.11062).
 """
@@ -15,12 +21,50 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def _load_keys(
+    k, i_b, i_h, start, m_n, m_d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr, PAD_D: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """`[D, BLOCK_N]` through a descriptor or pointers."""
+    if TMA:
+        b_k = k.load([i_b, i_h, start, 0]).reshape([BLOCK_N, BLOCK_D]).trans()
+    elif MASKED:
+        b_k = tl.load(k, mask=m_n[None, :] & m_d[:, None], other=0.0)
+    elif PAD_D:
+        b_k = tl.load(k, mask=m_d[:, None], other=0.0)
+    else:
+        b_k = tl.load(k)
+    return b_k
+
+
+@triton.jit
+def _load_values(
+    v, i_b, i_h, start, m_n, m_d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr, PAD_D: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """`[BLOCK_N, D]`, zero in rows that are masked."""
+    if TMA:
+        b_v = v.load([i_b, i_h, start, 0]).reshape([BLOCK_N, BLOCK_D])
+        if MASKED:
+            b_v = tl.where(m_n[:, None], b_v, 0.0)
+    elif MASKED:
+        b_v = tl.load(v, mask=m_n[:, None] & m_d[None, :], other=0.0)
+    elif PAD_D:
+        b_v = tl.load(v, mask=m_d[None, :], other=0.0)
+    else:
+        b_v = tl.load(v)
+    return b_v
+
+
+@triton.jit
 def _visit(
     b_q,
-    p_k,
-    p_v,
+    k,
+    v,
     stride_ks,
     stride_vs,
+    i_b,
+    i_h,
     start,
     length,
     b_m,
@@ -29,22 +73,20 @@ def _visit(
     qk_scale,
     m_d,
     BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
     PAD_D: tl.constexpr,
+    TMA: tl.constexpr,
     WITH_PV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile: `BLOCK_N` keys from `start` on.  Also returns the tile's row maxima, row sums and their exponent."""
     m_n = start + tl.arange(0, BLOCK_N) < length
-    # Token offsets pass 2^31 elements at 700,000 tokens of 24 heads.
-    p_k += start.to(tl.int64) * stride_ks
-    p_v += start.to(tl.int64) * stride_vs
-    if MASKED:
-        b_k = tl.load(p_k, mask=m_n[None, :] & m_d[:, None], other=0.0)  # [D, BLOCK_N]
-    elif PAD_D:
-        b_k = tl.load(p_k, mask=m_d[:, None], other=0.0)
-    else:
-        b_k = tl.load(p_k)
+    if not TMA:
+        # Token offsets pass 2^31 elements at 700,000 tokens of 24 heads.
+        k += start.to(tl.int64) * stride_ks
+        v += start.to(tl.int64) * stride_vs
+    b_k = _load_keys(k, i_b, i_h, start, m_n, m_d, BLOCK_N, BLOCK_D, MASKED, PAD_D, TMA)
     b_s = tl.dot(b_q, b_k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if MASKED:
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
@@ -59,12 +101,7 @@ def _visit(
     b_sum = tl.sum(b_p, 1)
     b_l = b_l * b_alpha + b_sum
     if WITH_PV:
-        if MASKED:
-            b_v = tl.load(p_v, mask=m_n[:, None] & m_d[None, :], other=0.0)  # [BLOCK_N, D]
-        elif PAD_D:
-            b_v = tl.load(p_v, mask=m_d[None, :], other=0.0)
-        else:
-            b_v = tl.load(p_v)
+        b_v = _load_values(v, i_b, i_h, start, m_n, m_d, BLOCK_N, BLOCK_D, MASKED, PAD_D, TMA)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
     return b_acc, b_m_new, b_l, b_top, b_sum, b_shift
 
@@ -106,9 +143,9 @@ def _visible_blocks(p_list, count, length, KV_BLOCK: tl.constexpr):
     ]
 )
 def block_sparse_fwd(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    q,
+    k,
+    v,
     out_ptr,
     lse_ptr,
     vote_ptr,
@@ -154,9 +191,11 @@ def block_sparse_fwd(
     WITH_MASS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Attention of one tile of query rows; what is not asked for is neither computed nor stored.
 
+    `q`, `k` and `v` are pointers, or with `TMA` descriptors in boxes of `[1, 1, BLOCK_M or BLOCK_N, BLOCK_D]`.
     `vote_ptr` `uint8 [B, H, Mq, Nk]` starts as zeros; `mass_ptr` `float32 [Q_BLOCK / BLOCK_M, B, H, Mq, Nk]` too,
     one plane for each tile of a query block (`mass_stride` apart), so that no two programs write one element.
     """
@@ -185,16 +224,21 @@ def block_sparse_fwd(
     o_d = tl.arange(0, BLOCK_D)
     m_m = o_m < seq_q
     m_d = o_d < HEAD_DIM
-    p_q = (
-        q_ptr
-        + i_b * stride_qb
-        + i_h * stride_qh
-        + o_m[:, None].to(tl.int64) * stride_qs
-        + o_d[None, :]
-    )
-    b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)  # [BLOCK_M, D]
-    p_k = k_ptr + i_b * stride_kb + i_h * stride_kh + o_n[None, :] * stride_ks + o_d[:, None]
-    p_v = v_ptr + i_b * stride_vb + i_h * stride_vh + o_n[:, None] * stride_vs + o_d[None, :]
+    t_b, t_h = i_b.to(tl.int32), i_h.to(tl.int32)  # TMA's coordinates have 32 bits
+    if TMA:
+        b_q = q.load([t_b, t_h, i_m * BLOCK_M, 0]).reshape([BLOCK_M, BLOCK_D])
+    else:
+        p_q = (
+            q
+            + i_b * stride_qb
+            + i_h * stride_qh
+            + o_m[:, None].to(tl.int64) * stride_qs
+            + o_d[None, :]
+        )
+        b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)  # [BLOCK_M, D]
+        # Not `+=`: strides would be summed in a tensor of 64-bit offsets before they meet the pointer.
+        k = k + i_b * stride_kb + i_h * stride_kh + o_n[None, :] * stride_ks + o_d[:, None]
+        v = v + i_b * stride_vb + i_h * stride_vh + o_n[:, None] * stride_vs + o_d[None, :]
     o_row = (i_bh.to(tl.int64) * q_blocks + i_row) * kv_blocks
     p_mass = mass_ptr + (i_m % SUB_M).to(tl.int64) * mass_stride + o_row
 
@@ -217,8 +261,8 @@ def block_sparse_fwd(
     for i_sub in tl.range(0, SUB_N, num_stages=1):
         start = i_kv * KV_BLOCK + (SUB_N - 1 - i_sub) * BLOCK_N
         b_acc, b_m, b_l, b_top, b_sum, b_shift = _visit(
-            b_q, p_k, p_v, stride_ks, stride_vs, start, length, b_m, b_l, b_acc, qk_scale, m_d,
-            BLOCK_N, True, PAD_D, WITH_PV, PRECISION,
+            b_q, k, v, stride_ks, stride_vs, t_b, t_h, start, length, b_m, b_l, b_acc, qk_scale, m_d,
+            BLOCK_N, BLOCK_D, True, PAD_D, TMA, WITH_PV, PRECISION,
         )  # fmt: skip
         if WITH_MASS:
             b_mass += _total(b_sum * tl.math.exp2(b_shift - b_norm))
@@ -233,8 +277,8 @@ def block_sparse_fwd(
         start = i_kv * KV_BLOCK + (SUB_N - 1 - i % SUB_N) * BLOCK_N
         b_before = b_m if SUB_N == 1 else tl.where(i % SUB_N == 0, b_m, b_before)
         b_acc, b_m, b_l, b_top, b_sum, b_shift = _visit(
-            b_q, p_k, p_v, stride_ks, stride_vs, start, length, b_m, b_l, b_acc, qk_scale, m_d,
-            BLOCK_N, False, PAD_D, WITH_PV, PRECISION,
+            b_q, k, v, stride_ks, stride_vs, t_b, t_h, start, length, b_m, b_l, b_acc, qk_scale, m_d,
+            BLOCK_N, BLOCK_D, False, PAD_D, TMA, WITH_PV, PRECISION,
         )  # fmt: skip
         if WITH_VOTE:
             # Every row that wants the block writes the same 1: no reduction over rows, and the result is the same

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from sparsediff.block_mask import BlockMask
 from sparsediff.kernels import block_lists
 from sparsediff.kernels._block_sparse_sm90 import block_sparse_fwd_sm90
 from sparsediff.kernels.launcher import aligned, launch_kernel
+from sparsediff.kernels.tma import at, head_strides
 from sparsediff.kernels.tuning import hopper_ring
 
 # 3 x 128 + 32 threads share 64k registers at the start; the consumers then take 240 each.
@@ -166,18 +166,16 @@ def attend(
 def tma_descriptor(x: Tensor, rows: int, block_d: int) -> TensorDescriptor:
     """TMA view `[B, H, S, D]` of a `[B, S, H, D]` tensor, in boxes of `rows x block_d`.
 
-    TMA wants a unit last stride and everything else on 16 bytes; a tensor that is not so is copied.
+    A tensor that TMA cannot read (`head_strides`) is copied.
     """
     form = _form(x.dtype, x.shape, x.stride(), rows, block_d)
     if form is None or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
         form = _form(x.dtype, x.shape, x.stride(), rows, block_d)
-    descriptor = copy.copy(form)
-    descriptor.base = x
-    return descriptor
+    return at(form, x)
 
 
-# Making a descriptor takes longer than launching the kernel, and calls differ in addresses alone.
+# Calls differ in addresses alone.
 @lru_cache(maxsize=256)
 def _form(
     dtype: torch.dtype,
@@ -187,19 +185,17 @@ def _form(
     block_d: int,
 ) -> TensorDescriptor | None:
     """The descriptor of such a tensor, but for its address; None if TMA cannot read it."""
-    unit = 16 // dtype.itemsize
-    batch, seq, heads, dim = shape
-    # The stride of a dimension of size 1 is never used, but it is checked.
-    step = [s if size > 1 else dim * 16 for s, size in zip(strides, shape, strict=True)]
-    if strides[3] != 1 or any(s <= 0 or s % unit for s in step[:3]):
+    strides = head_strides(dtype.itemsize, shape, strides)
+    if strides is None:
         return None
+    batch, seq, heads, dim = shape
     layout = gl.NVMMASharedLayout(
         swizzle_byte_width=128, element_bitwidth=dtype.itemsize * 8, rank=4
     )
     return TensorDescriptor(
         torch.empty(0, dtype=dtype),
         [batch, heads, seq, dim],
-        [step[0], step[2], step[1], 1],
+        strides,
         [1, 1, rows, block_d],
         layout,
     )

@@ -1,4 +1,7 @@
-"""Launches the portable Triton kernel.  Imported only where it runs: a machine without Triton never sees it."""
+"""Launches the portable Triton kernel, with pointers (`attend`) or through TMA (`attend_tma`).
+
+Imported only where it runs: a machine without Triton never sees it.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,8 @@ from torch import Tensor
 from sparsediff.block_mask import BlockMask
 from sparsediff.kernels._block_sparse_fwd import block_sparse_fwd
 from sparsediff.kernels.launcher import aligned, launch_kernel
-from sparsediff.kernels.tuning import Tile, get_tile
-
-# What the interpreter pretends to be; it has no device to ask.
-_INTERPRETED_CAPABILITY = (9, 0)
+from sparsediff.kernels.tma import readable, tile_descriptor
+from sparsediff.kernels.tuning import INTERPRETED_CAPABILITY, Tile, get_tile
 
 
 def attend(
@@ -27,6 +28,7 @@ def attend(
     lse_prev: Tensor | None = None,
     want_lse: bool = False,
     want_mass: bool = False,
+    tma: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Same contract as `_block_sparse_reference.attend`; no host synchronisation.
 
@@ -41,12 +43,12 @@ def attend(
     vote = None
     if vote_threshold is not None:
         vote = torch.zeros(batch, heads, mq, nk, device=device, dtype=torch.bool)
-    tile = pick_tile(query, mask)
+    tile = pick_tile(query, mask, tma=tma)
     mass = None
     if want_mass:
         planes = mask.block_size[0] // tile.block_m
         mass = torch.zeros(planes, batch, heads, mq, nk, device=device)
-    call = {"scale": scale, "kv_lengths": kv_lengths, "tile": tile}
+    call = {"scale": scale, "kv_lengths": kv_lengths, "tile": tile, "tma": tma}
     launch(
         query,
         key,
@@ -67,6 +69,14 @@ def attend(
     return out, lse if want_lse else None, vote, mass
 
 
+def attend_tma(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, **options: object
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """`attend` with tiles loaded by TMA; with pointers if TMA cannot read one of the tensors as it lies."""
+    tma = all(readable(x) for x in (query, key, value))
+    return attend(query, key, value, mask, tma=tma, **options)
+
+
 def launch(
     query: Tensor,
     key: Tensor,
@@ -82,8 +92,12 @@ def launch(
     vote_threshold: float | None = None,
     mass: Tensor | None = None,
     lse_prev: Tensor | None = None,
+    tma: bool = False,
 ) -> None:
-    """Run the kernel into the given outputs; without `value` it computes scores only (for `lse` and `mass`)."""
+    """Run the kernel into the given outputs; without `value` it computes scores only (for `lse` and `mass`).
+
+    `tma` is for tensors that are `tma.readable`.
+    """
     batch, seq_q, heads, head_dim = query.shape
     (bq, bk), (mq, nk) = mask.block_size, mask.num_blocks
     query, key = _unit_stride(query), _unit_stride(key)
@@ -100,6 +114,11 @@ def launch(
         return
     tensors = (query, key, value, result, counts, lists, kv_lengths, lse_prev)
     tensors = [x for x in tensors if x is not None]
+    block_d = triton.next_power_of_2(head_dim)
+    sources = query, key, value
+    if tma:
+        rows = tile.block_m, tile.block_n, tile.block_n
+        sources = [tile_descriptor(x, n, block_d) for x, n in zip(sources, rows, strict=True)]
     launch_kernel(
         block_sparse_fwd,
         grid,
@@ -108,14 +127,13 @@ def launch(
             tuple((x.dtype, x.shape, x.stride()) for x in tensors),
             mask.block_size,
             tile,
+            tma,
             tuple(x is None for x in (out, lse, vote, mass, kv_lengths)),
             aligned(*tensors),
         ),
         (
             # inputs
-            query,
-            key,
-            value,
+            *sources,
             # outputs and by-products
             result,
             query if lse is None else lse,
@@ -145,7 +163,7 @@ def launch(
         ),
         # what is compiled
         HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=block_d,
         Q_BLOCK=bq,
         KV_BLOCK=bk,
         BLOCK_M=tile.block_m,
@@ -158,16 +176,18 @@ def launch(
         # float32 goes through the tensor cores in three tf32 products: as exact as float32, and far faster
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
         STAGES=tile.num_stages,
+        TMA=tma,
         num_warps=tile.num_warps,
     )
 
 
-def pick_tile(query: Tensor, mask: BlockMask) -> Tile:
+def pick_tile(query: Tensor, mask: BlockMask, *, tma: bool = False) -> Tile:
     """The tile for these tensors on their device."""
     capability = (
-        torch.cuda.get_device_capability(query.device) if query.is_cuda else _INTERPRETED_CAPABILITY
+        torch.cuda.get_device_capability(query.device) if query.is_cuda else INTERPRETED_CAPABILITY
     )
-    return get_tile(capability, query.element_size() * 8, query.shape[-1], mask.block_size)
+    bits, dim = query.element_size() * 8, query.shape[-1]
+    return get_tile(capability, bits, dim, mask.block_size, tma=tma)
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ from sparsediff.kernels.tuning import (
 )
 
 ARCHITECTURES = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
+TMA_ARCHITECTURES = ("sm90", "sm100", "sm120")
 AMD = "gfx942"  # MI300: the portable kernels compile for it, and nobody has run them there
 _DTYPES = {"bf16": 16, "fp16": 16, "fp32": 32}
 
@@ -63,6 +64,8 @@ class Compiled:
     jumped_multiplications: tuple[int, ...] = ()
     # and how often it waits for products: more often than the source says means that ptxas has serialised them
     waits: int = 0
+    # Portable kernel through TMA only: its tile loads in the machine code
+    tma_loads: int = 0
 
 
 def portable_attention(
@@ -73,13 +76,15 @@ def portable_attention(
     *,
     byproducts: bool,
     tile: Tile | None = None,
+    tma: bool = False,
 ) -> Compiled:
     """Compile the portable attention kernel; `byproducts` turns on lengths, LSE, vote and mass together."""
     capability = (8, 0) if arch == AMD else divmod(int(arch[2:]), 10)
-    tile = tile or get_tile(capability, _DTYPES[dtype], head_dim, block_size)
+    tile = tile or get_tile(capability, _DTYPES[dtype], head_dim, block_size, tma=tma)
+    block_d = triton.next_power_of_2(head_dim)
     constants = {
         "HEAD_DIM": head_dim,
-        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_D": block_d,
         "Q_BLOCK": block_size[0],
         "KV_BLOCK": block_size[1],
         "BLOCK_M": tile.block_m,
@@ -92,9 +97,13 @@ def portable_attention(
         # AMD has no TF32.
         "PRECISION": "tf32" if dtype != "fp32" else "ieee" if arch == AMD else "tf32x3",
         "STAGES": tile.num_stages,
+        "TMA": tma,
     }
+    rows = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n}
+    boxes = {n: f"tensordesc<{dtype}[1, 1, {size}, {block_d}]>" for n, size in rows.items()}
     pointers = {
-        **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}"),
+        **(boxes if tma else dict.fromkeys(rows, f"*{dtype}")),
+        "out_ptr": f"*{dtype}",
         **dict.fromkeys(("lse_ptr", "mass_ptr", "lse_prev_ptr"), "*fp32"),
         **dict.fromkeys(("kv_num_blocks_ptr", "kv_indices_ptr", "kv_lengths_ptr"), "*i32"),
         "vote_ptr": "*u8",
@@ -102,14 +111,14 @@ def portable_attention(
         "vote_threshold": "fp32",
     }
     name = (
-        f"portable {dtype} D{head_dim} {block_size[0]}x{block_size[1]} tile {tile.block_m}x{tile.block_n}"
+        f"portable{' TMA' if tma else ''} {dtype} D{head_dim} {block_size[0]}x{block_size[1]} tile {tile.block_m}x{tile.block_n}"
         f" w{tile.num_warps} s{tile.num_stages}{' byproducts' if byproducts else ''}"
     )
     # Pointers, and strides of contiguous heads, are multiples of 16, and Triton is told so at run time too.
     aligned = [
         n
         for n in block_sparse_fwd.arg_names
-        if n.endswith("_ptr") or re.fullmatch(r"stride_[qkvo][bsh]", n)
+        if n.endswith("_ptr") or re.fullmatch(r"stride_[qkvo][bsh]", n) or (n in rows and not tma)
     ]
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     return compile_kernel(name, arch, block_sparse_fwd, pointers, constants, aligned, options)
@@ -365,7 +374,11 @@ def _compile(name: str, arch: str, source: ASTSource, options: dict) -> Compiled
             jumped_multiplications(instructions),
             sum("WARPGROUP.DEPBAR" in line for line in instructions),
         )
-    return Compiled(name, arch, registers, stack, compiled.metadata.shared, *found)
+    tma_loads = 0
+    if name.startswith("portable TMA"):
+        tma_loads = sum("UTMALDG" in line for line in machine_code(cubin))
+    shared = compiled.metadata.shared
+    return Compiled(name, arch, registers, stack, shared, *found, tma_loads=tma_loads)
 
 
 def while_pv_runs(instructions: list[str], pattern: str) -> tuple[int, ...]:
@@ -436,6 +449,8 @@ def every_kernel(arch: str) -> Iterator[Compiled]:
         yield portable_attention(arch, "bf16", head_dim, block_size, byproducts=False)
     yield portable_attention(arch, "bf16", 64, (128, 128), byproducts=True)
     yield portable_attention(arch, "fp32", 128, (128, 128), byproducts=False)
+    if arch in TMA_ARCHITECTURES:
+        yield from tma_attention(arch)
     for dtype, head_dim in (("bf16", 128), ("bf16", 96), ("fp32", 64)):
         yield token_gather(arch, dtype, head_dim)
     yield mask_packing(arch)
@@ -461,6 +476,17 @@ def every_kernel(arch: str) -> Iterator[Compiled]:
             yield hopper_mass("bf16", 128, (128, 128), own_lse=own_lse, lengths=True)
 
 
+def tma_attention(arch: str) -> Iterator[Compiled]:
+    """The portable attention kernel with tiles loaded by TMA."""
+    for head_dim, block_size in (
+        *product((64, 128), ((128, 128), (128, 64), (64, 64), (32, 16))),
+        *product((96, 256), ((128, 128), (64, 64))),
+    ):
+        yield portable_attention(arch, "bf16", head_dim, block_size, byproducts=False, tma=True)
+    for dtype, head_dim in product(("bf16", "fp16"), (64, 128)):
+        yield portable_attention(arch, dtype, head_dim, (128, 128), byproducts=True, tma=True)
+
+
 def few_kernels(arch: str) -> Iterator[Compiled]:
     """The ones most calls use."""
     yield portable_attention(arch, "bf16", 128, (128, 128), byproducts=True)
@@ -468,6 +494,8 @@ def few_kernels(arch: str) -> Iterator[Compiled]:
     yield token_gather(arch, "bf16", 128)
     yield mask_packing(arch)
     yield list_building(arch, "centre-out")
+    if arch in TMA_ARCHITECTURES:
+        yield portable_attention(arch, "bf16", 128, (128, 128), byproducts=True, tma=True)
     if arch == "sm90":
         yield hopper_attention("bf16", 128, 128, byproducts=False)
         yield hopper_attention("bf16", 64, 128, byproducts=True)

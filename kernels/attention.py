@@ -9,6 +9,7 @@ with `j` running over the tokens of the key blocks that the mask keeps for the q
 | `reference` | any    | fp16, bf16, fp32 | any      | slow and obvious; defines the others                   |
 | `cpu`       | CPU    | fp16, bf16, fp32 | any      | faster than dense attention below `CPU_BREAK_EVEN`     |
 | `triton`    | CUDA   | fp16, bf16, fp32 | 64, 96, 128, 256 | portable kernel, SM80 and newer; blocks of multiples of 16 |
+| `triton_tma` | SM90, newer | fp16, bf16  | 64, 96, 128, 256 | the same, tiles loaded by TMA where it can read the tensors; newer than SM90 by name |
 | `gluon`     | SM90   | fp16, bf16       | 64, 96, 128 | Hopper kernel (TMA, warp specialisation); blocks 128x128, 128x64 |
 | `gluon_pairs` | SM90  | fp16, bf16       | 64, 96, 128 | Hopper kernel for blocks of 64x64, two rows a program; a vote or mass: `triton` |
 | `gluon_int8` | SM90  | fp16, bf16       | 128      | the same with 8-bit logits: faster, less exact, by name only |
@@ -42,6 +43,7 @@ _BACKENDS = {
     "reference": ("sparsediff.kernels._block_sparse_reference", "attend"),
     "cpu": ("sparsediff.kernels._block_sparse_cpu", "attend"),
     "triton": ("sparsediff.kernels._block_sparse_triton", "attend"),
+    "triton_tma": ("sparsediff.kernels._block_sparse_triton", "attend_tma"),
     "gluon": ("sparsediff.kernels._block_sparse_gluon", "attend"),
     "gluon_pairs": ("sparsediff.kernels._block_sparse_pair_gluon", "attend"),
     "gluon_int8": ("sparsediff.kernels._block_sparse_8bit_gluon", "attend_int8"),
@@ -232,26 +234,45 @@ def _select(
                 "reference", f"{why_not}: correct, but slower than dense attention"
             )
         if not _why_not_pairs(device, dtype, head_dim, block_size):
-            if byproducts:
+            if not byproducts:
                 return BackendChoice(
-                    "triton",
-                    "portable Triton kernel (the Hopper kernel for blocks of 64x64 finds no votes and no mass)",
+                    "gluon_pairs", "Hopper kernel, two rows of 64 tokens a program"
                 )
-            return BackendChoice("gluon_pairs", "Hopper kernel, two rows of 64 tokens a program")
-        if why_not := _why_not_gluon(device, dtype, head_dim, block_size):
-            return BackendChoice("triton", f"portable Triton kernel (the Hopper kernel {why_not})")
-        return BackendChoice("gluon", "Hopper kernel")
+            why_not = "for blocks of 64x64 finds no votes and no mass"
+        elif not (why_not := _why_not_gluon(device, dtype, head_dim, block_size)):
+            return BackendChoice("gluon", "Hopper kernel")
+        return _portable(device, dtype, head_dim, block_size, f"the Hopper kernel {why_not}")
     if backend not in _BACKENDS:
         raise ValueError(
             f"unknown backend {backend!r}; use 'auto' or one of {', '.join(_BACKENDS)}"
         )
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' needs CPU tensors, got {device.type}; use 'auto'")
-    limits = {"triton": _why_not_triton, "gluon": _why_not_gluon, "gluon_pairs": _why_not_pairs}
+    limits = {"triton": _why_not_triton, "triton_tma": _why_not_tma, "gluon": _why_not_gluon}
+    limits["gluon_pairs"] = _why_not_pairs
     limits |= dict.fromkeys(("gluon_int8", "gluon_fp8"), _why_not_8bit)
     if backend in limits and (why_not := limits[backend](device, dtype, head_dim, block_size)):
         raise ValueError(f"backend {backend!r} cannot run here: {why_not}; use 'auto'")
     return BackendChoice(backend, "asked for by name")
+
+
+def _portable(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: tuple[int, int],
+    reason: str,
+) -> BackendChoice:
+    """The portable kernel, for a call that it serves: by TMA where that has been timed, else by pointers."""
+    if not _why_not_tma(device, dtype, head_dim, block_size):
+        from sparsediff.kernels.tuning import tma_by_name_only
+
+        bits = dtype.itemsize * 8
+        why_not = tma_by_name_only(_capability(device), bits, head_dim, block_size)
+        if not why_not:
+            return BackendChoice("triton_tma", f"portable Triton kernel with TMA ({reason})")
+        reason = f"{reason}; triton_tma, {why_not}, by name only"
+    return BackendChoice("triton", f"portable Triton kernel ({reason})")
 
 
 def available_backends() -> dict[str, str]:
@@ -261,6 +282,7 @@ def available_backends() -> dict[str, str]:
         "reference": "",
         "cpu": "",
         "triton": _why_not_triton(device, torch.bfloat16, 128, (128, 128)),
+        "triton_tma": _why_not_tma(device, torch.bfloat16, 128, (128, 128)),
         "gluon": _why_not_gluon(device, torch.bfloat16, 128, (128, 128)),
         "gluon_pairs": _why_not_pairs(device, torch.bfloat16, 128, (64, 64)),
         "gluon_int8": _why_not_8bit(device, torch.bfloat16, 128, (128, 128)),
@@ -279,16 +301,33 @@ def _why_not_triton(
     if device.type == "cuda":
         if torch.version.hip is not None:
             return "AMD GPUs are not served yet"
-        capability = torch.cuda.get_device_capability(device)
-    elif interpreting():
-        capability = (9, 0)
-    else:
+    elif not interpreting():
         return f"Triton needs a CUDA device, got {device.type} (TRITON_INTERPRET=1 runs it slowly on a CPU)"
     try:
-        get_tile(capability, dtype.itemsize * 8, head_dim, tuple(block_size))
+        get_tile(_capability(device), dtype.itemsize * 8, head_dim, tuple(block_size))
     except ValueError as error:
         return str(error)
     return ""
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA device; of a CPU, what Triton's interpreter pretends to be."""
+    from sparsediff.kernels.tuning import INTERPRETED_CAPABILITY
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)
+    return INTERPRETED_CAPABILITY
+
+
+def _why_not_tma(
+    device: torch.device, dtype: torch.dtype, head_dim: int, block_size: tuple[int, int]
+) -> str:
+    """One line on what keeps the portable kernel from loading tiles by TMA, or ""."""
+    if why_not := _why_not_triton(device, dtype, head_dim, block_size):
+        return why_not
+    from sparsediff.kernels.tuning import why_not_tma
+
+    return why_not_tma(_capability(device), dtype.itemsize * 8)
 
 
 def _why_not_gluon(

@@ -26,6 +26,7 @@ from sparsediff.kernels import bench_orders as orders
 from sparsediff.kernels import bench_pairs as pairs
 from sparsediff.kernels import bench_peers as peers
 from sparsediff.kernels import bench_times as times
+from sparsediff.kernels import bench_tma as tma
 from sparsediff.kernels.bench_inputs import SHAPES, git_commit
 
 # Parts and their limits in seconds; those of one group run side by side.
@@ -40,12 +41,14 @@ GROUPS = (
         mass.check_mass: 60,
         orders.check_orders: 60,
         pairs.check_pairs: 150,
+        tma.check_tma: 170,
     },
     {times.time_dense: 45},
     {times.time_gluon: 60},
     {times.time_byproducts: 50},
     {times.time_portable_byproducts: 50},
     {times.time_triton: 45},
+    {tma.time_tma: 60},
     {eight.time_8bit: 40},
     {times.time_lists: 40},
     {mass.time_mass: 40},

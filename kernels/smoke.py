@@ -19,6 +19,7 @@ from sparsediff.kernels.bench_inputs import DEVICE, make_inputs, spoil
 # Backend -> blocks and head size
 FORMS = {
     "triton": (((128, 128), 128), ((64, 64), 64), ((128, 64), 96)),
+    "triton_tma": (((128, 128), 128), ((64, 64), 64), ((128, 64), 96)),
     "gluon": (((128, 128), 128), ((128, 64), 64)),
     "gluon_pairs": (((64, 64), 128), ((64, 64), 64)),
     "gluon_int8": (((128, 128), 128),),

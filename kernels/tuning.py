@@ -1,11 +1,12 @@
 """Tile sizes of the Triton kernels: data in `configs/<architecture>.json`, never found by trial behind the user's back.
 
 A file maps `"<bits of the dtype>x<head_dim>"` to tiles in order of preference; the first that divides the mask's
-blocks is taken.  The block size belongs to the mask; a tile is how a kernel walks through it.
+blocks is taken; a second key that ends in " tma" holds what TMA wants otherwise.  The block size belongs to the mask; a tile is how a kernel walks through it.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,8 @@ import triton
 
 _CONFIGS = Path(__file__).parent / "configs"
 HEAD_DIMS = (64, 96, 128, 256)
-
+# What Triton's interpreter pretends to be; it has no device to ask.
+INTERPRETED_CAPABILITY = (9, 0)
 
 # The versions of Triton under which the Hopper kernel is compiled and its machine code checked: [first, end).
 GLUON_VERSIONS = ((3, 6), (3, 8))
@@ -31,9 +33,14 @@ class Tile(NamedTuple):
 
 
 def get_tile(
-    capability: tuple[int, int], bits: int, head_dim: int, block_size: tuple[int, int]
+    capability: tuple[int, int],
+    bits: int,
+    head_dim: int,
+    block_size: tuple[int, int],
+    *,
+    tma: bool = False,
 ) -> Tile:
-    """The tile for a CUDA compute capability, dtype width, head size and mask block.
+    """The tile for a CUDA compute capability, dtype width, head size and mask block; for `tma` where it differs.
 
     Raises:
         ValueError: no tile divides the blocks, or the head size is not served; the message says what is.
@@ -44,6 +51,8 @@ def get_tile(
         raise ValueError(
             f"head_dim {head_dim} is not served by the Triton kernels; use one of {HEAD_DIMS}"
         )
+    if tma and f"{key} tma" in table:
+        key = f"{key} tma"
     for tile in map(Tile._make, table[key]):
         if block_size[0] % tile.block_m == 0 and block_size[1] % tile.block_n == 0:
             return tile
@@ -63,6 +72,28 @@ def architecture(capability: tuple[int, int]) -> str:
             f"compute capability {capability} is too old for the Triton kernels; they need 8.0"
         )
     return f"sm{older[-1]}"
+
+
+def why_not_tma(capability: tuple[int, int], bits: int) -> str:
+    """One line on what keeps the portable kernel from loading tiles by TMA, or ""."""
+    if capability < (9, 0):
+        return f"needs compute capability 9.0 or newer, got {capability[0]}.{capability[1]}"
+    if bits != 16:
+        return "serves fp16 and bf16"
+    if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+        return f"needs a Triton that takes tensor descriptors, got {triton.__version__}"
+    return ""
+
+
+def tma_by_name_only(
+    capability: tuple[int, int], bits: int, head_dim: int, block_size: tuple[int, int]
+) -> str:
+    """Why TMA is used in such a call only if it is asked for by name, or ""; for calls that `why_not_tma` lets pass."""
+    if capability[0] != 9:
+        return "not timed on this card"
+    if get_tile(capability, bits, head_dim, block_size, tma=True).block_n < 64:
+        return "not timed in tiles of fewer than 64 keys"
+    return ""
 
 
 def hopper_ring(block_n: int, block_d: int) -> tuple[int, bool]:

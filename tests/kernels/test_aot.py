@@ -60,6 +60,9 @@ def assert_sound(kernel):
     else:
         # A few spills before and after the loop are harmless; hundreds of bytes are in the loop.
         assert kernel["stack_bytes"] <= 192, kernel
+    if "TMA" in name:
+        # The query; keys and values of the first block, before the loop and in it
+        assert kernel["tma_loads"] >= 7, kernel
     limit = {"sm86": 99, "sm89": 99, "sm120": 99, "sm80": 163, "gfx942": 64}.get(
         kernel["arch"], 227
     )

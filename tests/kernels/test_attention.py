@@ -22,11 +22,14 @@ from sparsediff.testing import assert_close_to_exact
 
 # `make test` sets TRITON_INTERPRET=1; without it, and without a GPU, the Triton kernel cannot run.
 INTERPRETED = not _why_not_triton(torch.device("cpu"), torch.float32, 64, (64, 64))
-BACKENDS = ("reference", "cpu", *(["triton"] if INTERPRETED else []))
+BACKENDS = ("reference", "cpu", *(["triton", "triton_tma"] if INTERPRETED else []))
+# What a backend is tried in where it does not serve float32
+DTYPES = {"triton_tma": torch.float16}
 LENGTHS = (1, 63, 64, 65, 127, 128, 129, 251)
 
 
-def make_inputs(seq_q, seq_k, *, batch=1, heads=2, head_dim=64, dtype=torch.float32, seed=0):
+def make_inputs(seq_q, seq_k, *, batch=1, heads=2, head_dim=64, dtype=None, backend="", seed=0):
+    dtype = dtype or DTYPES.get(backend, torch.float32)
     g = torch.Generator().manual_seed(seed)
     shapes = ((batch, s, heads, head_dim) for s in (seq_q, seq_k, seq_k))
     return [torch.randn(s, generator=g).to(dtype) for s in shapes]
@@ -87,13 +90,13 @@ def check(query, key, value, mask, backend, **options):
 def test_awkward_lengths_match_float64(backend, seq_q, block_size):
     for seq_k in (seq_q, 130, 1):
         mask = make_mask(seq_q, seq_k, block_size, seed=seq_q)
-        check(*make_inputs(seq_q, seq_k, seed=seq_q), mask, backend)
+        check(*make_inputs(seq_q, seq_k, seed=seq_q, backend=backend), mask, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_errs_no_more_than_pytorch(backend, dtype):
-    if backend == "triton" and dtype == torch.bfloat16:
+    if backend.startswith("triton") and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies bfloat16 as bit patterns")
     check(*make_inputs(200, 330, dtype=dtype, head_dim=64), make_mask(200, 330, (64, 64)), backend)
 
@@ -112,7 +115,6 @@ def test_low_precision_errs_no_more_than_pytorch(backend, dtype):
 def test_random_masks_and_ragged_lengths(
     seq_q, seq_k, block_size, density, batch, shared, seed, data
 ):
-    inputs = make_inputs(seq_q, seq_k, batch=batch, heads=2, seed=seed)
     mask = make_mask(
         seq_q,
         seq_k,
@@ -127,7 +129,10 @@ def test_random_masks_and_ragged_lengths(
         lengths = torch.tensor(
             [data.draw(st.integers(0, seq_k)) for _ in range(batch)], dtype=torch.int32
         )
-    results = [check(*inputs, mask, backend, kv_lengths=lengths) for backend in BACKENDS]
+    results = []
+    for backend in BACKENDS:
+        inputs = make_inputs(seq_q, seq_k, batch=batch, heads=2, seed=seed, backend=backend)
+        results.append(check(*inputs, mask, backend, kv_lengths=lengths))
     torch.testing.assert_close(results[0].out, results[1].out)
 
 
@@ -136,7 +141,7 @@ def test_empty_rows_give_zeros_and_minus_infinity(backend):
     keep = torch.ones(1, 2, 3, 3, dtype=torch.bool)
     keep[0, 1, 1] = False
     mask = spoil(BlockMask.from_dense(keep, (64, 64), (150, 150)))
-    result = check(*make_inputs(150, 150), mask, backend)
+    result = check(*make_inputs(150, 150, backend=backend), mask, backend)
     assert (result.out[0, 64:128, 1] == 0).all()
     assert (result.lse[0, 1, 64:128] == -math.inf).all()
     assert result.lse[0, 0].isfinite().all()
@@ -145,7 +150,7 @@ def test_empty_rows_give_zeros_and_minus_infinity(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_kept_at_all(backend):
     result = attend_blocks(
-        *make_inputs(65, 65),
+        *make_inputs(65, 65, backend=backend),
         make_mask(65, 65, (64, 64), density=0),
         vote_threshold=-1,
         return_mass=True,
@@ -159,18 +164,22 @@ def test_nothing_kept_at_all(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_non_contiguous_inputs(backend):
     wide = torch.randn(1, 2, 130, 3 * 64, generator=torch.Generator().manual_seed(0))
+    wide = wide.to(DTYPES.get(backend, torch.float32))
     q, k, v = (x.transpose(1, 2) for x in wide.chunk(3, -1))
     assert not q.is_contiguous()
     check(q, k, v, make_mask(130, 130, (64, 64)), backend)
 
 
+# NumPy, in Triton's interpreter, warns of infinities whose scores are masked afterwards.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_keys_past_the_length_do_not_leak_even_if_nan(backend):
-    q, k, v = make_inputs(130, 200, batch=2)
+    q, k, v = make_inputs(130, 200, batch=2, backend=backend)
     mask = make_mask(130, 200, (64, 64), density=1)
     lengths = torch.tensor([70, 0], dtype=torch.int32)
     want = attend_blocks(q, k, v, mask, kv_lengths=lengths, return_mass=True, backend=backend)
-    k[0, 70:], v[0, 70:] = math.nan, math.nan
+    k[0, 70:], v[0, 70:] = math.nan, math.inf
+    k[1], v[1] = math.inf, math.nan
     got = attend_blocks(
         q, k, v, mask, kv_lengths=lengths, return_mass=True, vote_threshold=-1e9, backend=backend
     )
@@ -183,7 +192,7 @@ def test_keys_past_the_length_do_not_leak_even_if_nan(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_partial_results_merge_by_lse(backend):
-    q, k, v = make_inputs(100, 300)
+    q, k, v = make_inputs(100, 300, backend=backend)
     keep = make_mask(100, 300, (32, 32), density=0.6).to_dense()
     half = torch.rand(keep.shape, generator=torch.Generator().manual_seed(5)) < 0.5
     whole, *parts = (
@@ -195,7 +204,8 @@ def test_partial_results_merge_by_lse(backend):
     lse = torch.logaddexp(parts[0][1], parts[1][1])
     merged = sum((p_lse - lse).exp().mT[..., None] * p_out for p_out, p_lse in parts)
     torch.testing.assert_close(lse, whole[1])
-    torch.testing.assert_close(merged, whole[0], rtol=1e-4, atol=1e-5)
+    rounding = 1e-4 if q.dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(merged, whole[0].float(), rtol=rounding, atol=rounding / 10)
 
 
 def slow_vote(q, k, mask, threshold, kv_lengths=None):
@@ -222,7 +232,7 @@ def slow_vote(q, k, mask, threshold, kv_lengths=None):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("threshold", [-20.0, -3.0, -1.0, 0.0, 2.0])
 def test_vote_is_the_published_running_maximum(backend, threshold):
-    q, k, v = make_inputs(130, 260, batch=2, heads=3)
+    q, k, v = make_inputs(130, 260, batch=2, heads=3, backend=backend)
     q, k = q * 2, k * 2
     mask = make_mask(130, 260, (32, 32), heads=3, density=0.7)
     lengths = torch.tensor([260, 101], dtype=torch.int32)
@@ -237,7 +247,7 @@ def test_vote_is_the_published_running_maximum(backend, threshold):
 @pytest.mark.parametrize(("seq_k", "heads"), [(1, 3), (256, 1), (287, 3)])
 def test_the_vote_follows_the_order_of_the_lists(backend, visits, seq_k, heads):
     """And whatever that is, keys past the end of a ragged last block are not attended."""
-    q, k, v = make_inputs(130, seq_k, batch=2, heads=3)
+    q, k, v = make_inputs(130, seq_k, batch=2, heads=3, backend=backend)
     q, k = q * 2, k * 2
     keep = make_mask(130, seq_k, (32, 32), heads=heads, density=0.7).to_dense()
     keep[..., -1] |= (
@@ -255,8 +265,8 @@ def test_the_vote_follows_the_order_of_the_lists(backend, visits, seq_k, heads):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padded_query_rows_do_not_vote(backend):
     """One real query and 63 zero rows of padding: a zero row scores 0 everywhere and would keep every block."""
-    q, k, v = make_inputs(65, 256, heads=1)
-    k = k - 100 * q[:, -1:] * torch.linspace(1, 0, 256)[None, :, None, None]
+    q, k, v = make_inputs(65, 256, heads=1, backend=backend)
+    k = k - 100 * q[:, -1:] * torch.linspace(1, 0, 256).to(k.dtype)[None, :, None, None]
     mask = make_mask(65, 256, (64, 64), heads=1, density=1)
     got = attend_blocks(q, k, v, mask, vote_threshold=-1.0, backend=backend).vote
     assert got[0, 0, 1].tolist() == [False, False, False, True]
@@ -265,7 +275,8 @@ def test_padded_query_rows_do_not_vote(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mass_of_a_row_sums_to_its_queries(backend):
     mask = make_mask(130, 260, (64, 64), density=0.6)
-    mass = attend_blocks(*make_inputs(130, 260), mask, return_mass=True, backend=backend).mass
+    inputs = make_inputs(130, 260, backend=backend)
+    mass = attend_blocks(*inputs, mask, return_mass=True, backend=backend).mass
     keep = mask.to_dense()
     assert (mass[~keep] == 0).all()
     queries = torch.tensor([64.0, 64, 2]) * keep.any(-1)
@@ -274,7 +285,7 @@ def test_mass_of_a_row_sums_to_its_queries(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mass_under_an_earlier_lse_is_the_dense_mass(backend):
-    q, k, v = make_inputs(130, 260)
+    q, k, v = make_inputs(130, 260, backend=backend)
     full, some = (make_mask(130, 260, (64, 64), density=d) for d in (1, 0.5))
     dense = attend_blocks(q, k, v, full, return_lse=True, return_mass=True, backend=backend)
     mass = attend_blocks(q, k, v, some, lse_prev=dense.lse, return_mass=True, backend=backend).mass
@@ -283,7 +294,7 @@ def test_mass_under_an_earlier_lse_is_the_dense_mass(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_without_an_earlier_softmax_has_no_mass(backend):
-    q, k, v = make_inputs(64, 64)
+    q, k, v = make_inputs(64, 64, backend=backend)
     lse = torch.full((1, 2, 64), -math.inf)
     mask = make_mask(64, 64, (64, 64), density=1)
     assert (

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from sparsediff.kernels import bench, bench_peers, bench_plot
+from sparsediff.kernels import bench, bench_peers, bench_plot, bench_tma
 
 
 def record(what, density, tflops, shape="wan32"):
@@ -42,3 +42,15 @@ def test_the_picture_shows_every_kernel(tmp_path):
 def test_peers_of_one_name_share_a_colour():
     assert set(bench_plot.DENSE) == set(bench_peers.DENSE)
     assert bench_plot.DENSE["fa4"][1] == bench_plot.SPARSE["fa4"][1]
+
+
+def test_a_case_that_fails_leaves_the_records_before_it():
+    def check():
+        yield record("a", 1.0, 1.0)
+        raise RuntimeError("out of shared memory")
+
+    first, failed = bench_tma.survive("the second case", check)
+    assert first == record("a", 1.0, 1.0)
+    assert not failed["ok"]
+    assert failed["what"] == "the second case"
+    assert failed["failure"] == "RuntimeError: out of shared memory"

@@ -20,6 +20,7 @@ def test_kernels_hold_against_float64(part):
         "check_gluon_more": "gluon",
         "check_pairs": "gluon_pairs",
         "check_8bit": "gluon_fp8",
+        "check_tma": "triton_tma",
     }.get(part, "triton")
     if why_not := available_backends()[backend]:
         pytest.skip(f"{backend}: {why_not}")

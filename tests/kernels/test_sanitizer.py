@@ -2,7 +2,7 @@
 
 racecheck does not know the barriers that Hopper's copy engine and warpgroups meet at (mbarriers, and named barriers
 between Triton's partitions): it takes every hand-over of the Hopper kernels for a race, those of Triton's own
-`warp_specialize` among them.  So it looks at the portable ones; the others are held to equal bits in repeated runs.
+`warp_specialize` among them.  So it looks at the portable ones that load by pointers; the others are held to equal bits in repeated runs.
 """
 
 import os
@@ -25,6 +25,7 @@ pytestmark = [
     ("tool", "backend"),
     [
         ("memcheck", "triton"),
+        ("memcheck", "triton_tma"),
         ("memcheck", "gluon"),
         ("memcheck", "gluon_pairs"),
         ("memcheck", "gluon_int8"),

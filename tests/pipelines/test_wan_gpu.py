@@ -61,7 +61,7 @@ def test_every_block_through_the_kernel_is_within_rounding(pipe):
         out = generate(pipe)
         report = handle.report()
     assert report.dense_calls == {}
-    assert set(report.backends) <= {"triton", "gluon", "gluon_pairs"}
+    assert set(report.backends) <= {"triton", "triton_tma", "gluon", "gluon_pairs"}
     assert relative(out, stock) < 0.02
 
 
@@ -82,7 +82,7 @@ def test_sparse_runs_are_finite_and_repeatable(pipe, method):
         report = handle.report()
     assert first.isfinite().all()
     assert report.density < 1.0
-    assert set(report.backends) <= {"triton", "gluon", "gluon_pairs"}
+    assert set(report.backends) <= {"triton", "triton_tma", "gluon", "gluon_pairs"}
     assert all(step.seconds > 0 for step in report.steps)
 
 
