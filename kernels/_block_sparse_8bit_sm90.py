@@ -5,7 +5,7 @@ as in SageAttention (arXiv 2410.02367).  Converting integers to floats would sha
 are added to the bits of 1.5 * 2**23, which makes floats of them, exact up to 2**22.
 
 Tiles after the first are exponentiated under the maximum that a row has so far.  Its new maximum is looked for only if
-a sum of probabilities tells that the old one is far too low; then the tile is done again.  That leaves out a fifth of a
+a sum of probabilities tells that the old one is far too low; then the tile is done again.  That leaves out a seventh of a
 tile's instructions and the wait between its product and its exponentials.
 
 With `FP8_PV` the second product is in e4m3, as in SageAttention2 (arXiv 2411.10958).  8-bit operands must have the
