@@ -1,9 +1,12 @@
 """Block-sparse FlashAttention forward for Hopper with 8-bit operands: device code only.
 
 The walk is that of `_block_sparse_sm90.py`.  Logits come from 8-bit queries (a scale a row) and keys (a scale a block),
-as in SageAttention (arXiv 2410.02367).  Converting integers to floats would share a pipe with the exponentials, so the
-accumulator starts from the bits of 1.5 * 2**23: what the tensor cores add to it is then a float already, exact up to
-2**22.
+as in SageAttention (arXiv 2410.02367).  Converting integers to floats would share a pipe with the exponentials, so they
+are added to the bits of 1.5 * 2**23, which makes floats of them, exact up to 2**22.
+
+Tiles after the first are exponentiated under the maximum that a row has so far.  Its new maximum is looked for only if
+a sum of probabilities tells that the old one is far too low; then the tile is done again.  That leaves out a seventh of a
+tile's instructions and the wait between its product and its exponentials.
 
 With `FP8_PV` the second product is in e4m3, as in SageAttention2 (arXiv 2411.10958).  8-bit operands must have the
 summed dimension contiguous, so V comes transposed, and its tokens come in the order in which a thread holds its
@@ -27,7 +30,6 @@ from sparsediff.kernels._hopper import (
     LOG2E,
     MASS_WIDTH,
     assembly,
-    lazy_maximum,
     leave_mass,
     leave_norm,
     log2,
@@ -35,12 +37,12 @@ from sparsediff.kernels._hopper import (
     pass_turn,
     place,
     produce,
-    rescale,
     row_list,
     store_mass,
     store_vote,
     take_over,
     take_turn,
+    thread_sums,
 )
 
 MAGIC_BITS = gl.constexpr(0x4B400000)
@@ -49,11 +51,75 @@ VOTE_MARGIN = gl.constexpr(6.0)  # standard errors of a logit
 
 
 @gluon.jit
-def _scores(q_smem, k_buffer, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr):
-    """Start S = Q K^T of one tile, as integers on top of `MAGIC_BITS`."""
+def _scores(b_q, k_buffer, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr):
+    """Start S = Q K^T of one tile, in integers."""
     k_smem = k_buffer.reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
-    b_start = gl.full([64, BLOCK_N], MAGIC_BITS, gl.int32, LAYOUT)
-    return warpgroup_mma(q_smem, k_smem, b_start, use_acc=True, is_async=True)
+    b_start = gl.zeros([64, BLOCK_N], gl.int32, LAYOUT)
+    return warpgroup_mma(b_q, k_smem, b_start, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _as_float(b_s):
+    """Integers below 2**22 on top of `MAGIC`."""
+    return (b_s + MAGIC_BITS).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _maximum(b_x, b_scale):
+    """Row maxima `[64]` of logits.  Integers take half of the instructions: there is one for three of them."""
+    return (
+        gl.max(b_x.to(gl.int32, bitcast=True), 1).to(gl.float32, bitcast=True) - MAGIC
+    ) * b_scale
+
+
+@gluon.jit
+def _probabilities(b_x, b_scale, b_m):
+    """`exp2` of logits under `b_m [64]`."""
+    b_shift = b_m + MAGIC * b_scale
+    return gl.exp2(b_x * b_scale[:, None] - b_shift[:, None])
+
+
+def _voting(group: int) -> gl.constexpr:
+    """PTX that leaves 1 in a register if any of a warp's numbers is beyond 2**12, else 0."""
+    return gl.constexpr(
+        f"""{{ .reg .pred p;
+        setp.gt.f32 p, $2, 0f45800000; setp.gt.or.f32 p, $3, 0f45800000, p;
+        vote.sync.any.pred p, p, 0xffffffff; selp.b32 beyond{group}, 1, 0, p;
+        mov.b32 $0, 0; mov.b32 $1, 0; }}"""
+    )
+
+
+VOTE_0 = _voting(0)
+VOTE_1 = _voting(1)
+
+
+@gluon.jit
+def _are_beyond(b_parts, GROUP: gl.constexpr):
+    """Whether any of a warp's parts of sums is beyond 2**12: a number that differs from warp to warp.
+
+    Only a register that `_consumer` declares can hold such a number: Triton makes one number of a tensor in shared
+    memory, where all warps of a warpgroup meet.
+    """
+    if GROUP == 0:
+        gl.inline_asm_elementwise(
+            VOTE_0, "=r,=r,f,f", [b_parts], dtype=gl.int32, is_pure=False, pack=2
+        )
+        return gl.inline_asm_elementwise(
+            "mov.b32 $0, beyond0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+    else:
+        gl.inline_asm_elementwise(
+            VOTE_1, "=r,=r,f,f", [b_parts], dtype=gl.int32, is_pure=False, pack=2
+        )
+        return gl.inline_asm_elementwise(
+            "mov.b32 $0, beyond1;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+
+
+@gluon.jit
+def _rescale_parts(b_parts, b_alpha):
+    """Parts of sums `[64, 4]` times `b_alpha [64]`."""
+    return b_parts * gl.convert_layout(b_alpha, gl.SliceLayout(1, b_parts.type.layout))[:, None]
 
 
 @gluon.jit
@@ -79,7 +145,25 @@ def _pack(b_p, DTYPE: gl.constexpr, FP8_PV: gl.constexpr, LAYOUT: gl.constexpr):
         b_first, _ = b_even.split()
         return b_first
     else:
-        return gl.convert_layout(b_p.to(DTYPE), LAYOUT)
+        return gl.convert_layout(_pack_pairs(b_p, DTYPE), LAYOUT)
+
+
+@gluon.jit
+def _pack_pairs(b_p, DTYPE: gl.constexpr):
+    """Probabilities in 16 bits, by instructions that stay where they are: ptxas would hold them in 32 bits for longer."""
+    if DTYPE == gl.bfloat16:  # noqa: SIM300
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;",
+            "=r,f,f",
+            [b_p],
+            dtype=gl.bfloat16,
+            is_pure=False,
+            pack=2,
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [b_p], dtype=gl.float16, is_pure=False, pack=2
+        )
 
 
 @gluon.jit
@@ -167,6 +251,8 @@ def _consumer(
         [3, 0], [4, 1], [16, BLOCK_D, 32 if FP8_PV else 16]
     )
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 4 if FP8_PV else 2)
+    Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 4)
+    Q_IN_REGISTERS: gl.constexpr = not (FP8_PV or WITH_VOTE or WITH_MASS)  # else registers spill
     ROW_S: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     turn = 0
@@ -175,7 +261,9 @@ def _consumer(
     out_smem = out_bufs.index(GROUP)
     qk_scale = scale * LOG2E
     if GROUP == 1:
-        assembly("bar.arrive 9, 256; mov.u32 $0, 0;")
+        assembly(".reg .b32 beyond1; bar.arrive 9, 256; mov.u32 $0, 0;")
+    else:
+        assembly(".reg .b32 beyond0; mov.u32 $0, 0;")
     item = take_over(work, work_full, work_empty, 0, 0)
     while item >= 0:
         count = (item >> 32).to(gl.int32)
@@ -211,27 +299,38 @@ def _consumer(
 
         # The first tile, the only one that can be ragged
         mbarrier.wait(q_full.index(GROUP), rows & 1)
+        # A product that finds its queries in registers reads a third less of shared memory.
+        if Q_IN_REGISTERS:
+            b_q = q_smem.load(Q_LAYOUT)
+            mbarrier.arrive(q_empty.index(GROUP), count=1)
+        else:
+            b_q = q_smem
         mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
         take_turn(GROUP)
-        b_s = _scores(q_smem, k_bufs.index(turn % RING), BLOCK_N, BLOCK_D, S_LAYOUT)
+        b_s = _scores(b_q, k_bufs.index(turn % RING), BLOCK_N, BLOCK_D, S_LAYOUT)
         pass_turn(GROUP)
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
         mbarrier.arrive(empty.index(turn % RING), count=1)
-        b_s = b_s.to(gl.float32, bitcast=True)
+        b_x = _as_float(b_s)
         b_scale = b_row_scale * gl.load(p_k_scale + current)
         if current * BLOCK_N + BLOCK_N > length:
             o_n = current * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
-            b_s = gl.where((o_n < length)[None, :], b_s, float("-inf"))
-        b_m = (gl.max(b_s, 1) - MAGIC) * b_scale
+            b_x = gl.where((o_n < length)[None, :], b_x, float("-inf"))
+        b_m = (gl.max(b_x, 1) - MAGIC) * b_scale
         b_best = b_m
         # An empty row leaves the maximum at -inf, and -inf - -inf is NaN.
         b_shift = gl.where(b_m == float("-inf"), 0.0, b_m) + MAGIC * b_scale
-        b_p = gl.exp2(b_s * b_scale[:, None] - (b_shift - boost)[:, None])
-        b_l = gl.sum(b_p, 1)
+        b_p = gl.exp2(b_x * b_scale[:, None] - (b_shift - boost)[:, None])
         if FP8_PV:
-            b_l *= gl.exp2(-boost)
+            b_sum = gl.sum(b_p, 1) * gl.exp2(-boost)
+            b_l = b_sum
+            b_alpha = gl.full([64], 1.0, gl.float32, ROW_S)
             boost = gl.load(p_boost + following)
-        b_alpha = gl.full([64], 1.0, gl.float32, ROW_S)
+        else:
+            b_parts = thread_sums(b_p)
+            b_all_parts = b_parts
+            if WITH_MASS:
+                b_sum = gl.convert_layout(gl.sum(b_parts, 1), ROW_S)
         k_scale = gl.load(p_k_scale + following)
         if WITH_MASS:
             i_space = (gl.program_id(0) * 2 + (rows & 1)).to(gl.int64)
@@ -242,7 +341,7 @@ def _consumer(
                 b_norm = gl.load(p_norm, mask=o_m < seq_q, other=0.0) * LOG2E
                 b_last = b_left + count.to(gl.int64) * (MASS_WIDTH * 4)
                 leave_norm(b_last, b_norm, o_m, seq_q)
-            leave_mass(b_left, b_l, b_m)
+            leave_mass(b_left, b_sum, b_m)
         turn += 1
         mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
         b_pd = _pack(b_p, P_DTYPE, FP8_PV, P_LAYOUT)
@@ -250,47 +349,70 @@ def _consumer(
         for j in range(1, count):
             stage = turn % RING
             take_turn(GROUP)
-            b_s = _scores(q_smem, k_bufs.index(stage), BLOCK_N, BLOCK_D, S_LAYOUT)
+            b_s = _scores(b_q, k_bufs.index(stage), BLOCK_N, BLOCK_D, S_LAYOUT)
             b_pv = _start_output(
                 b_pd, v_bufs.index(stage), b_o, BLOCK_N, BLOCK_D, FP8_PV, P_LAYOUT, O_LAYOUT
             )
             pass_turn(GROUP)
             b_s = warpgroup_mma_wait(1, deps=(b_s,))
-            b_s = b_s.to(gl.float32, bitcast=True)
+            b_x = _as_float(b_s)
             b_scale = b_row_scale * k_scale
-            b_top = (gl.max(b_s, 1) - MAGIC) * b_scale
+            if FP8_PV:
+                b_top = _maximum(b_x, b_scale)
+                # e4m3 has no room for probabilities beyond 1.
+                b_m_new = gl.maximum(b_m, b_top)
+                b_p = _probabilities(b_x, b_scale, b_m_new - boost)
+            else:
+                b_p = _probabilities(b_x, b_scale, b_m)
+                b_parts = thread_sums(b_p)
+                # The scores stay for doing it again: there is no room for probabilities in 32 bits beside them.
+                b_pd_next = _pack(b_p, P_DTYPE, FP8_PV, P_LAYOUT)
+                if WITH_VOTE:
+                    b_top = _maximum(b_x, b_scale)
             if WITH_VOTE:
                 store_vote(b_top - (b_best + b_threshold), p_vote + following)
                 b_best = gl.maximum(b_best, b_top)
             following = gl.load(p_list + gl.maximum(count - 2 - j, 0))
-            # e4m3 has no room for probabilities beyond 1.
-            b_m_new = gl.maximum(b_m, b_top) if FP8_PV else lazy_maximum(b_m, b_top)
-            b_shift = b_m_new + MAGIC * b_scale
-            b_p = gl.exp2(b_s * b_scale[:, None] - (b_shift - boost)[:, None])
-            b_sum = gl.sum(b_p, 1)
-            if FP8_PV:
-                b_sum *= gl.exp2(-boost)
-                boost = gl.load(p_boost + following)
             k_scale = gl.load(p_k_scale + following)
-            b_alpha_new = gl.exp2(b_m - b_m_new)
-            b_l = b_l * b_alpha_new + b_sum
-            b_m = b_m_new
-            if WITH_MASS:
-                b_left += MASS_WIDTH * 4
-                leave_mass(b_left, b_sum, b_m)
+            if not FP8_PV:
+                # Asked here: ptxas sinks exponentials past the next wait if nothing before it needs them.
+                beyond = _are_beyond(b_parts, GROUP)
+            if FP8_PV:
+                b_sum = gl.sum(b_p, 1) * gl.exp2(-boost)
+                boost = gl.load(p_boost + following)
+                b_alpha_new = gl.exp2(b_m - b_m_new)
+                b_l = b_l * b_alpha_new + b_sum
+                b_m = b_m_new
             turn += 1
             mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
             b_pv = warpgroup_mma_wait(0, deps=(b_pv,))
             mbarrier.arrive(empty.index(stage), count=1)
-            b_pd = _pack(b_p, P_DTYPE, FP8_PV, P_LAYOUT)
             if FP8_PV:
+                b_pd = _pack(b_p, P_DTYPE, FP8_PV, P_LAYOUT)
                 # The output trails by a tile: it is rescaled to the maximum under which this product was made.
                 b_o = b_o * gl.convert_layout(b_alpha, ROW_O)[:, None] + b_pv
+                b_alpha = b_alpha_new
             else:
-                b_o = rescale(b_pv, b_alpha_new)
-            b_alpha = b_alpha_new
+                b_o = b_pv
+                b_pd = b_pd_next
+                if beyond != 0:  # some warps only: nothing in here meets other warps
+                    b_m_new = gl.maximum(b_m, _maximum(b_x, b_scale))
+                    b_alpha = gl.exp2(b_m - b_m_new)
+                    b_p = _probabilities(b_x, b_scale, b_m_new)
+                    b_parts = thread_sums(b_p)
+                    b_pd = _pack(b_p, P_DTYPE, FP8_PV, P_LAYOUT)
+                    b_o = b_o * gl.convert_layout(b_alpha, ROW_O)[:, None]
+                    b_all_parts = _rescale_parts(b_all_parts, b_alpha)
+                    b_m = b_m_new
+                b_all_parts += b_parts
+                if WITH_MASS:
+                    b_sum = gl.convert_layout(gl.sum(b_parts, 1), ROW_S)
+            if WITH_MASS:
+                b_left += MASS_WIDTH * 4
+                leave_mass(b_left, b_sum, b_m)
 
-        mbarrier.arrive(q_empty.index(GROUP), count=1)
+        if not Q_IN_REGISTERS:
+            mbarrier.arrive(q_empty.index(GROUP), count=1)
         b_pv = _start_output(
             b_pd, v_bufs.index(turn % RING), b_o, BLOCK_N, BLOCK_D, FP8_PV, P_LAYOUT, O_LAYOUT
         )
@@ -299,6 +421,8 @@ def _consumer(
         turn += 1
         rows += 1
 
+        if not FP8_PV:
+            b_l = gl.convert_layout(gl.sum(b_all_parts, 1), ROW_S)
         if WITH_LSE:
             p_lse = lse_ptr + i_bh * seq_q + o_m
             gl.store(p_lse, b_m * LN2 + gl.log(b_l), mask=o_m < seq_q)

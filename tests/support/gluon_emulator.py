@@ -236,6 +236,10 @@ class Descriptor:
 # -- the language --------------------------------------------------------------------------------------------------
 
 
+def _spoilt(dtype):
+    return float("nan") if dtype.is_floating_point else -7
+
+
 def _same(x, y) -> bool:
     return torch.equal(x.nan_to_num(nan=12345.0), y.nan_to_num(nan=12345.0))
 
@@ -274,7 +278,7 @@ class tma:
     @staticmethod
     def async_copy_global_to_shared(descriptor, place, smem, target):
         _here.role.pause()
-        target.data.fill_(float("nan"))
+        target.data.fill_(_spoilt(target.dtype))
         barrier = smem.barrier
 
         def land():
@@ -342,6 +346,8 @@ def warpgroup_mma_wait(pending, deps):
 def assembly(code, on=1):
     """Named barriers; two warpgroups make one complete."""
     found = re.search(r"bar\.(sync|arrive) (\d+), 256", code)
+    if found is None:
+        return  # declares a register
     role, number = _here.role, int(found[2])
     role.pause()
     if not int(on):
@@ -413,7 +419,7 @@ def _language(program: int, programs: int, machine: Machine) -> types.SimpleName
         program_id=lambda _: program,
         num_programs=lambda _: programs,
         allocate_shared_memory=lambda dtype, shape, _: Shared(
-            torch.full(shape, float("nan") if dtype.is_floating_point else -7, dtype=dtype), f"smem {shape}"
+            torch.full(shape, _spoilt(dtype), dtype=dtype), f"smem {shape}"
         ),
         warp_specialize=warp_specialize,
     )  # fmt: skip

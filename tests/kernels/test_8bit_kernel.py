@@ -1,0 +1,130 @@
+"""The Hopper kernel with 8-bit logits, its own source, under random interleavings of its three roles on a CPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon")
+
+from gluon_emulator import Descriptor, Pointer, run_kernel
+
+from sparsediff.block_mask import BlockMask
+from sparsediff.kernels import block_lists
+from sparsediff.kernels._block_sparse_8bit_sm90 import block_sparse_fwd_8bit_sm90
+from sparsediff.kernels._block_sparse_reference import attend as reference
+from sparsediff.kernels.quantize import quantize_pair_reference
+from sparsediff.kernels.tuning import hopper_8bit_ring
+
+MAGIC = 12582912.0
+DIM = 128
+
+
+class Redone:
+    """How often a tile was exponentiated again: the vote of `_are_beyond`, for a whole warpgroup."""
+
+    count = 0
+
+    def __call__(self, b_parts, group):
+        assert not b_parts.isnan().any()
+        beyond = bool((b_parts > 4096).any())
+        self.count += beyond
+        return int(beyond)
+
+
+def run_8bit(q, k, v, mask, seed, **replace):
+    """Output and log-sum-exp of the emulated kernel, and how many tiles it did again."""
+    batch, seq_q, heads, _ = q.shape
+    pair = quantize_pair_reference(q, k, 128)
+    totals, order, draw = block_lists.order_reference(mask.kv_num_blocks, batch, heads)
+    lists = mask.kv_indices.contiguous()
+    out = torch.full_like(q, float("nan"))
+    lse = torch.full((batch, heads, seq_q), float("nan"))
+    unused = Pointer(torch.zeros(1))
+    redone = Redone()
+    run_kernel(
+        block_sparse_fwd_8bit_sm90,
+        2,
+        seed,
+        Descriptor(pair.query.transpose(1, 2), 64, DIM),
+        Descriptor(pair.key.transpose(1, 2), 128, DIM),
+        Descriptor(v.transpose(1, 2), 128, DIM),
+        Descriptor(out.transpose(1, 2), 64, DIM),
+        Pointer(lse.view(-1)),
+        unused,
+        unused,
+        unused,
+        unused,
+        Pointer(totals),
+        Pointer(lists.view(-1)),
+        Pointer(order),
+        Pointer(draw),
+        *(Pointer(x.contiguous().view(-1)) for x in (pair.query_scale, pair.key_scale)),
+        unused,
+        Pointer(pair.error.contiguous().view(-1)),
+        *lists.stride()[:2],
+        DIM**-0.5,
+        0.0,
+        heads,
+        seq_q,
+        k.shape[1],
+        *mask.num_blocks,
+        len(totals),
+        RING=hopper_8bit_ring(False),
+        BLOCK_N=128,
+        BLOCK_D=DIM,
+        WITH_LSE=True,
+        WITH_VOTE=False,
+        WITH_MASS=False,
+        HAS_LSE_PREV=False,
+        FP8_PV=False,
+        replace={
+            "_are_beyond": redone,
+            "_as_float": lambda b_s: b_s + MAGIC,
+            "_maximum": lambda b_x, b_scale: (b_x.amax(1) - MAGIC) * b_scale,
+            "_pack": lambda b_p, dtype, *_: b_p.to(dtype),
+            "_rescale_parts": lambda b_parts, b_alpha: b_parts * b_alpha[:, None],
+            **replace,
+        },
+    )
+    return out, lse + DIM**-0.5 * pair.shift, redone.count
+
+
+def make(seed, spread):
+    """Inputs whose logits have that standard deviation, with an empty row of blocks."""
+    g = torch.Generator().manual_seed(seed)
+    batch, heads, seq_q, seq_k = 1, 2, 300, 700
+    q, k, v = (
+        torch.randn(batch, s, heads, DIM, generator=g).bfloat16() for s in (seq_q, seq_k, seq_k)
+    )
+    keep = torch.rand(batch, heads, 3, 6, generator=g) < 0.7
+    keep[0, 1, 1] = False
+    return q * spread, k, v, BlockMask.from_dense(keep, (128, 128), (seq_q, seq_k))
+
+
+def errors(out, lse, q, k, v, mask):
+    want, want_lse, *_ = reference(
+        q.double(), k.double(), v.double(), mask, scale=DIM**-0.5, want_lse=True
+    )
+    finite = want_lse.isfinite()
+    assert torch.equal(finite, lse.isfinite())
+    return (out - want).norm() / want.norm(), (lse - want_lse)[finite].abs().max()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("spread", "limit"), [(1.0, 0.02), (8.0, 0.05), (60.0, 0.15)], ids=["usual", "wide", "extreme"]
+)
+def test_attention_under_maxima_that_move_late(seed, spread, limit):
+    """Tiles are exponentiated under an old maximum, and again where that was too low, however far."""
+    q, k, v, mask = make(seed, spread)
+    out, lse, redone = run_8bit(q, k, v, mask, seed)
+    assert (redone > 0) == (spread > 1)
+    error, lse_error = errors(out, lse, q, k, v, mask)
+    assert error < limit
+    assert lse_error < 0.05 * spread
+
+
+def test_a_tile_that_is_not_done_again_is_noticed():
+    q, k, v, mask = make(0, 60.0)
+    out, lse, _ = run_8bit(q, k, v, mask, 0, _are_beyond=lambda *_: 0)
+    assert not out.isfinite().all()
+    assert not lse.isfinite()[0, 0].all()
