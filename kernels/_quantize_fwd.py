@@ -27,6 +27,15 @@ def _store_bytes(out_ptr, b_y, o_s, m_x, o_d, i_b, i_h, seq, num_heads, HEAD_DIM
     tl.store(p_out + o_d[None, :], b_byte, mask=m_x)
 
 
+@triton.jit
+def _largest(top, squares):
+    """The largest magnitude, above 0; NaN where one of the numbers is: a maximum drops it, their sum of squares does not.
+
+    No byte can be NaN, so the scale has to tell.
+    """
+    return tl.where(squares == squares, tl.maximum(top, 1e-6), squares)
+
+
 @triton.jit(do_not_specialize=["num_heads", "seq", "num_blocks"])
 def quantize_keys(
     x_ptr, mean_ptr, out_ptr, scale_ptr, norm_ptr, stride_xb, stride_xs, stride_xh, num_heads, seq, num_blocks,
@@ -44,10 +53,10 @@ def quantize_keys(
     )
     b_mean = tl.load(mean_ptr + i_bh * HEAD_DIM + o_d, mask=o_d < HEAD_DIM, other=0.0)
     b_x = tl.where(m_x, b_x - b_mean[None, :], 0.0)
-    top = tl.maximum(tl.max(tl.max(tl.abs(b_x), 1), 0), 1e-6)
+    b_squares = tl.sum(b_x * b_x, 1)
+    top = _largest(tl.max(tl.max(tl.abs(b_x), 1), 0), tl.sum(b_squares, 0))
     tl.store(scale_ptr + i_bh * num_blocks + i_block, top / 127.0)
-    norm = tl.sqrt(tl.max(tl.sum(b_x * b_x, 1), 0))
-    tl.store(norm_ptr + i_bh * num_blocks + i_block, norm)
+    tl.store(norm_ptr + i_bh * num_blocks + i_block, tl.sqrt(tl.max(b_squares, 0)))
     b_y = b_x * (127.0 / top)
     _store_bytes(out_ptr, b_y, o_s, m_x, o_d, i_b, i_h, seq, num_heads, HEAD_DIM)
 
@@ -69,11 +78,12 @@ def quantize_queries(
         x_ptr, o_s, m_s, o_d, i_b, i_h, stride_xb, stride_xs, stride_xh, HEAD_DIM
     )
     b_mean = tl.load(mean_ptr + i_bh * HEAD_DIM + o_d, mask=o_d < HEAD_DIM, other=0.0)
-    b_top = tl.maximum(tl.max(tl.abs(b_x), 1), 1e-6)
+    b_squares = tl.sum(b_x * b_x, 1)
+    b_top = _largest(tl.max(tl.abs(b_x), 1), b_squares)
     b_scale = b_top / 127.0
     b_from_query = b_scale * tl.load(key_norm_ptr + i_bh)
     key_scale = tl.load(key_scale_ptr + i_bh)
-    b_square = b_from_query * b_from_query + key_scale * key_scale * tl.sum(b_x * b_x, 1)
+    b_square = b_from_query * b_from_query + key_scale * key_scale * b_squares
     o_row = i_bh * seq + o_s
     tl.store(scale_ptr + o_row, b_scale, mask=m_s)
     tl.store(shift_ptr + o_row, tl.sum(b_x * b_mean[None, :], 1), mask=m_s)

@@ -94,6 +94,20 @@ def test_pair_kernels_match_the_reference(seq_q, seq_k):
 
 
 @interpreted
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("wild", [float("nan"), float("inf")])
+@pytest.mark.parametrize("run", [quantize.quantize_pair_triton, quantize.quantize_pair_reference])
+def test_numbers_that_no_byte_holds_spoil_the_scale(run, wild):
+    """Else attention would hide them: a maximum drops NaN, and 8 bits have no place for it."""
+    q, k = make(1, 70, 2, 64), make(1, 9000, 2, 64, seed=1)
+    q[0, 5, 1, 7] = wild
+    k[0, 131, 0, 3] = wild  # not among the tokens that make the mean
+    pair = run(q, k, 64)
+    assert (~pair.query_scale.isfinite()).nonzero().tolist() == [[0, 1, 5]]
+    assert (~pair.key_scale.isfinite()).nonzero().tolist() == [[0, 0, 2]]
+
+
+@interpreted
 @pytest.mark.parametrize("seq", [1, 64, 130])
 def test_value_kernel_matches_the_reference(seq):
     # Numbers that e4m3 has: Triton's interpreter loses a carry when it rounds.
