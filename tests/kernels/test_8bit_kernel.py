@@ -30,14 +30,50 @@ class Redone:
         return int(beyond)
 
 
-def run_8bit(q, k, v, mask, seed, **replace):
-    """Output and log-sum-exp of the emulated kernel, and how many tiles it did again."""
+class Address(Pointer):
+    """A pointer that is a number: bytes are added to it."""
+
+    def __init__(self, data, offset, size) -> None:
+        super().__init__(data, offset)
+        self.size = size
+
+    def to(self, _):
+        return self
+
+    def __add__(self, number):
+        return Address(self.data, self.offset + number // self.size, self.size)
+
+
+def store_vote(b_gap, address):
+    """One predicated store for each warp of 16 rows."""
+    for wanted, place in zip(
+        (b_gap > 0).view(4, 16).any(1), address.offset.view(4, 16)[:, 0], strict=True
+    ):
+        if wanted:
+            address.data[place] = 1
+
+
+def mass_place(p_space, group, _):
+    o_m = torch.arange(64)
+    return Address(p_space.data, p_space.offset + group * 64 + o_m, 4)
+
+
+def store_pair(b_x, address):
+    address.data[address.offset] = b_x
+
+
+def run_8bit(q, k, v, mask, seed, *, threshold=None, **replace):
+    """Output and log-sum-exp of the emulated kernel, with a threshold vote and mass, and how many tiles it did again."""
+    byproducts = threshold is not None
     batch, seq_q, heads, _ = q.shape
     pair = quantize_pair_reference(q, k, 128)
     totals, order, draw = block_lists.order_reference(mask.kv_num_blocks, batch, heads)
     lists = mask.kv_indices.contiguous()
     out = torch.full_like(q, float("nan"))
     lse = torch.full((batch, heads, seq_q), float("nan"))
+    vote = torch.zeros(batch, heads, *mask.num_blocks, dtype=torch.uint8)
+    mass = torch.zeros(vote.shape)
+    space = torch.full((2 * 2 * (mask.num_blocks[1] + 1) * 128,), float("nan"))
     unused = Pointer(torch.zeros(1))
     redone = Redone()
     run_kernel(
@@ -49,10 +85,10 @@ def run_8bit(q, k, v, mask, seed, **replace):
         Descriptor(v.transpose(1, 2), 128, DIM),
         Descriptor(out.transpose(1, 2), 64, DIM),
         Pointer(lse.view(-1)),
+        Address(vote.view(-1), torch.zeros(64, dtype=torch.int64), 1),
+        Pointer(mass.view(-1)),
         unused,
-        unused,
-        unused,
-        unused,
+        Pointer(space),
         Pointer(totals),
         Pointer(lists.view(-1)),
         Pointer(order),
@@ -62,7 +98,7 @@ def run_8bit(q, k, v, mask, seed, **replace):
         Pointer(pair.error.contiguous().view(-1)),
         *lists.stride()[:2],
         DIM**-0.5,
-        0.0,
+        threshold or 0.0,
         heads,
         seq_q,
         k.shape[1],
@@ -72,8 +108,8 @@ def run_8bit(q, k, v, mask, seed, **replace):
         BLOCK_N=128,
         BLOCK_D=DIM,
         WITH_LSE=True,
-        WITH_VOTE=False,
-        WITH_MASS=False,
+        WITH_VOTE=byproducts,
+        WITH_MASS=byproducts,
         HAS_LSE_PREV=False,
         FP8_PV=False,
         replace={
@@ -82,10 +118,13 @@ def run_8bit(q, k, v, mask, seed, **replace):
             "_maximum": lambda b_x, b_scale: (b_x.amax(1) - MAGIC) * b_scale,
             "_pack": lambda b_p, dtype, *_: b_p.to(dtype),
             "_rescale_parts": lambda b_parts, b_alpha: b_parts * b_alpha[:, None],
+            "mass_place": mass_place,
+            "store_pair": store_pair,
+            "store_vote": store_vote,
             **replace,
         },
     )
-    return out, lse + DIM**-0.5 * pair.shift, redone.count
+    return out, lse + DIM**-0.5 * pair.shift, vote.bool(), mass, redone.count
 
 
 def make(seed, spread):
@@ -116,7 +155,7 @@ def errors(out, lse, q, k, v, mask):
 def test_attention_under_maxima_that_move_late(seed, spread, limit):
     """Tiles are exponentiated under an old maximum, and again where that was too low, however far."""
     q, k, v, mask = make(seed, spread)
-    out, lse, redone = run_8bit(q, k, v, mask, seed)
+    out, lse, *_, redone = run_8bit(q, k, v, mask, seed)
     assert (redone > 0) == (spread > 1)
     error, lse_error = errors(out, lse, q, k, v, mask)
     assert error < limit
@@ -125,6 +164,31 @@ def test_attention_under_maxima_that_move_late(seed, spread, limit):
 
 def test_a_tile_that_is_not_done_again_is_noticed():
     q, k, v, mask = make(0, 60.0)
-    out, lse, _ = run_8bit(q, k, v, mask, 0, _are_beyond=lambda *_: 0)
+    out, lse, *_ = run_8bit(q, k, v, mask, 0, _are_beyond=lambda *_: 0)
     assert not out.isfinite().all()
     assert not lse.isfinite()[0, 0].all()
+
+
+@pytest.mark.parametrize(
+    ("spread", "threshold"), [(1.0, 2.0), (60.0, 100.0)], ids=["usual", "extreme"]
+)
+def test_by_products_under_maxima_that_move_late(spread, threshold):
+    """A tile leaves its mass under the maximum that it was exponentiated under last; votes see every maximum."""
+    q, k, v, mask = make(1, spread)
+    out, lse, vote, mass, redone = run_8bit(q, k, v, mask, 1, threshold=threshold)
+    assert (redone > 0) == (spread > 1)
+    plain_out, plain_lse, *_ = run_8bit(q, k, v, mask, 2)
+    assert torch.equal(out, plain_out)
+    assert torch.equal(lse, plain_lse)
+    _, _, want_vote, want_mass = reference(
+        *(x.double() for x in (q, k, v)),
+        mask,
+        scale=DIM**-0.5,
+        vote_threshold=threshold,
+        want_mass=True,
+    )
+    assert not (want_vote & ~vote).any(), "rounding must not cost a block its vote"
+    assert 5 < want_vote.sum() <= vote.sum() < mask.to_dense().sum()
+    assert (mass - want_mass).norm() / want_mass.norm() < 0.05
+    rows = torch.tensor([[128.0, 128.0, 44.0], [128.0, 0.0, 44.0]])
+    torch.testing.assert_close(mass.sum(-1)[0], rows, rtol=1e-4, atol=1e-4)
