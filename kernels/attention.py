@@ -11,7 +11,7 @@ with `j` running over the tokens of the key blocks that the mask keeps for the q
 | `triton`    | CUDA   | fp16, bf16, fp32 | 64, 96, 128, 256 | portable kernel, SM80 and newer; blocks of multiples of 16 |
 | `triton_tma` | SM90, newer | fp16, bf16  | 64, 96, 128, 256 | the same, tiles loaded by TMA where it can read the tensors; newer than SM90 by name |
 | `gluon`     | SM90   | fp16, bf16       | 64, 96, 128 | Hopper kernel (TMA, warp specialisation); blocks 128x128, 128x64 |
-| `gluon_pairs` | SM90  | fp16, bf16       | 64, 96, 128 | Hopper kernel for blocks of 64x64, two rows a program; a vote or mass: `triton` |
+| `gluon_pairs` | SM90  | fp16, bf16       | 64, 96, 128 | Hopper kernel for blocks of 64x64, two rows a program; a vote or mass: the portable kernel |
 | `gluon_int8` | SM90  | fp16, bf16       | 128      | the same with 8-bit logits: faster, less exact, by name only |
 | `gluon_fp8` | SM90   | fp16, bf16       | 128      | 8-bit values as well: faster and less exact again, by name only |
 
@@ -37,6 +37,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # between 0.67 and 0.88 on one thread of an AMD EPYC (docs/benchmarks/kernels_cpu.json); a little is left for more
 # threads.  The backend itself stays exact above it; callers who can run dense should.
 CPU_BREAK_EVEN = 0.65
+
+# What makes the portable kernel serve calls that the one for pairs of rows could
+NO_BYPRODUCTS = "finds no votes and no mass"
 
 # name -> module and function, of the reference's signature
 _BACKENDS = {
@@ -238,7 +241,7 @@ def _select(
                 return BackendChoice(
                     "gluon_pairs", "Hopper kernel, two rows of 64 tokens a program"
                 )
-            why_not = "for blocks of 64x64 finds no votes and no mass"
+            why_not = f"for blocks of 64x64 {NO_BYPRODUCTS}"
         elif not (why_not := _why_not_gluon(device, dtype, head_dim, block_size)):
             return BackendChoice("gluon", "Hopper kernel")
         return _portable(device, dtype, head_dim, block_size, f"the Hopper kernel {why_not}")
@@ -253,6 +256,8 @@ def _select(
     limits |= dict.fromkeys(("gluon_int8", "gluon_fp8"), _why_not_8bit)
     if backend in limits and (why_not := limits[backend](device, dtype, head_dim, block_size)):
         raise ValueError(f"backend {backend!r} cannot run here: {why_not}; use 'auto'")
+    if backend == "gluon_pairs" and byproducts:
+        return _portable(device, dtype, head_dim, block_size, f"{backend} {NO_BYPRODUCTS}")
     return BackendChoice(backend, "asked for by name")
 
 

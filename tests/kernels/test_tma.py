@@ -195,13 +195,18 @@ def choose(monkeypatch, capability, head_dim=128, block=(128, 128), name="auto",
         ({"block": (64, 128)}, "triton_tma", r"got \(64, 128\)"),
         ({"block": (64, 64)}, "gluon_pairs", "two rows"),
         ({"block": (64, 64), "byproducts": True}, "triton_tma", "no votes and no mass"),
+        (
+            {"block": (64, 64), "byproducts": True, "name": "gluon_pairs"},
+            "triton_tma",
+            "gluon_pairs finds no votes and no mass",
+        ),
         ({"block": (32, 32)}, "triton", "triton_tma, not timed in tiles of fewer than 64 keys, by"),
         ({"dtype": torch.float32}, "triton", r"serves fp16 and bf16\)"),
     ],
 )
 def test_on_hopper_it_stands_between_gluon_and_pointers(monkeypatch, call, name, reason):
     choice = choose(monkeypatch, (9, 0), **call)
-    assert choice.name == name
+    assert choice.name == name, "else reports name a kernel that did not run"
     assert re.search(reason, choice.reason), choice.reason
 
 
