@@ -112,6 +112,9 @@ def test_methods_and_doctor(capsys):
     text = capsys.readouterr().out
     for word in ("torch", "self-test", "WanTransformer3DModel", "cpu"):
         assert word in text
+    for block in (64, 128):  # each has a kernel of its own on Hopper
+        assert f"bfloat16, {block}x{block}" in text
+        assert f"sparse attention on cpu, blocks of {block}" in text
     assert "FAILED" not in text
 
 
