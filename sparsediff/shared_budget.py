@@ -57,15 +57,18 @@ class ScoreCounts:
     def bar(self, site: AttentionSite, batch: int, density: float) -> Tensor | None:
         """The score that the best `density` of all blocks reach, `float32 [B]`, by the last step sampled before `site`.
 
-        None if there is none, or if this layer then saw other tokens.
+        A cache may leave layers out of a step: what the others score says nothing of them, and a step that had more layers
+        says more.  None if this layer was sampled in no step before, or saw other tokens then.
         """
         steps = self._steps.get((site.branch, batch), {})
-        earlier = [step for step in steps if step < site.step]
+        earlier = [
+            (len(step.grids), when)
+            for when, step in steps.items()
+            if when < site.step and step.grids.get(site.name) == site.grid
+        ]
         if not earlier:
             return None
-        step = steps[max(earlier)]
-        if step.grids.get(site.name, site.grid) != site.grid:
-            return None
+        step = steps[max(earlier)[1]]
         counts = step.counts.flip(-1)
         held = counts.cumsum(-1)
         wanted = density * held[:, -1:]

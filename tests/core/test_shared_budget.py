@@ -85,10 +85,30 @@ def test_other_tokens_and_another_batch_have_no_bar():
         ("b", other, 2, True),
         ("a", GRID, 1, False),
         ("a", other, 2, False),
-        ("never sampled", other, 2, True),
+        ("never sampled", other, 2, False),
     ):
         bar = counts.bar(site(grid, name=name, step=1), batch, 0.5)
         assert (bar is not None) == known, name
+
+
+def test_a_step_that_a_cache_left_layers_out_of_speaks_for_those_it_had():
+    counts = ScoreCounts()
+    low, high = torch.full((1, 8), 2.0**-9), torch.full((1, 8), 2.0**-3)
+
+    def bar(name, step):
+        return counts.bar(site(GRID, name=name, step=step), 1, 0.5)
+
+    counts.add(site(GRID, name="a", step=1), high)
+    assert bar("a", 2) > 2**-4
+    assert bar("b", 2) is None, "its scores may be of another size altogether"
+    counts.clear()
+    for name in "ab":
+        counts.add(site(GRID, name=name, step=1), low)
+    counts.add(site(GRID, name="a", step=9), high)
+    assert bar("a", 10) < 2**-8, "of both layers"
+    assert bar("b", 10) < 2**-8
+    counts.add(site(GRID, name="b", step=9), high)
+    assert bar("a", 10) > 2**-4, "the latest of steps alike"
 
 
 def test_what_stands_for_more_rows_weighs_more():
@@ -303,6 +323,28 @@ def test_layers_differ_and_together_keep_what_was_asked_for(pipe, density):
     shares = [2 * layer.density - 1 for layer in layers]  # two of the four steps are dense
     assert abs(sum(shares) / LAYERS - density) < 0.08
     assert max(shares) - min(shares) > 0.1
+
+
+def test_layers_that_a_cache_left_out_keep_what_was_asked_for(monkeypatch):
+    """Scores are sampled in a step in which first-block caching runs the first layer alone."""
+    import diffusers
+
+    monkeypatch.setattr("sparsediff.block_attention.CPU_BREAK_EVEN", 2.0)
+    pipe = random_wan_pipeline(layers=3)
+    # A first layer that looks at few tokens would lower the bar for the others.
+    pipe.transformer.blocks[0].attn1.norm_q.weight.data.mul_(8.0)
+    for block in pipe.transformer.blocks[1:]:
+        block.attn1.norm_q.weight.data.mul_(0.05)
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.2))
+    with sparsediff.enable(pipe, Auto(row_share=0.0), schedule=Schedule(dense_steps=3)) as handle:
+        generate(pipe, steps=8, height=192, width=192, num_frames=33)
+        report = handle.report()
+    first, *others = report.layers
+    assert others[0].steps[1] is None, "left out of the step that samples"
+    assert first.steps[1] is not None
+    assert report.budgets[ALONE] == 2 * BRANCHES
+    for layer in others:
+        assert abs(layer.steps[-1] - 0.3) < 0.06
 
 
 def seeded(*seeds):
