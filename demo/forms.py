@@ -69,9 +69,11 @@ class Field:
         if shown is None or shown == "":
             return self.default
         if self.kind == "choice":
-            if shown not in self.choices:
+            # An address and a command name the value where the list has a word for it.
+            words = {str(value): value for value in self.choices.values()} | dict(self.choices)
+            if shown not in words:
                 raise ValueError(f"{self.name} must be one of {', '.join(self.choices)}, got {shown!r}")  # fmt: skip
-            return self.choices[shown]
+            return words[shown]
         if self.kind == "switch":
             return bool(shown)
         if self.kind == "slider":
@@ -148,6 +150,7 @@ def _field(cls: type, name: str, hint: object, default: object, text: str) -> Fi
         accepted = [n for n in range(257) if accepts(cls, name, n)]
         if optional or len(accepted) <= FEW:
             choices = {AUTOMATIC: None} if optional else {}
+            about["help"] = re.sub(r"\bNone\b", AUTOMATIC, text)
             accepted = [n for n in accepted if n or not optional]
             return Field(kind="choice", choices=choices | {str(n): n for n in accepted}, **about)
         high = min(accepted[-1], max(16, 4 * default))

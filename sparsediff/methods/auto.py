@@ -29,13 +29,11 @@ class Auto(Custom):
 
     Attributes:
         density: share of key blocks kept, of all layers and heads together.
-        budget: the best blocks of all layers; see `Custom`.
-        row_share: half of the budget is every row's own.
-        stride: None looks at 64 query tokens of a block.
         windows: None offers each head a patch of one frame and a column through all frames; an image has patches only.
         refresh: None chooses again at half of a run that is known to have 20 steps or more, `()` never.
 
-    The other parameters are those of `Custom`.
+    The other parameters are those of `Custom`.  Their defaults here: one budget for all layers, half of which rows have to
+    themselves, and 64 query tokens of a block looked at.
     """
 
     name: ClassVar[str] = "auto"

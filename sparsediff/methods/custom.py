@@ -62,8 +62,8 @@ class Custom(SquareBlockMethod):
         budget: `"row_top_k"` (AdaSpa, SparseD), `"row_top_p"`, `"head_adaptive"` (AdaSpa), or the best blocks wherever
             they lie: in a head (`"head_percentile"`, DraftAttention), in all heads of a layer (`"layer_percentile"`) or
             in all layers (`"model_percentile"`).  The last samples scores one step before blocks are chosen; where
-            there are none (the first step of a run or of a second expert chooses, a modular pipeline does not tell
-            its steps, batch or size have changed since), each layer has its own budget.
+            there are none (the first step of a run or of a second expert chooses, a modular pipeline or a bare transformer
+            does not tell its noise levels, batch or size have changed since), each layer has its own budget.
         row_share: of a budget that rows share (`..._percentile`), the share that every row of blocks has to itself; with the
             others a row has all of its budget to itself anyway.
         stride: find mass by every so many-th query token (1, 2 or 4), at least 32 of a block: 2 halves the time that

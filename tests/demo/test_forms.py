@@ -73,6 +73,30 @@ def test_inherited_fields_keep_their_help():
     assert docstring_attributes(Custom).keys() == {f.name for f in dataclasses.fields(Custom)}
 
 
+@pytest.mark.parametrize("method", ["auto", "custom"])
+def test_help_explains_every_choice_in_the_words_of_the_page(method):
+    helps = {f.name: f.help for f in method_fields(method)}
+    assert "2 halves the time" in helps["stride"]
+    assert "automatic looks at 64" in helps["stride"]
+    assert "None" not in helps["stride"] + helps["block"]
+    assert "head_adaptive" in helps["budget"]
+    assert "every row of blocks" in helps["row_share"]
+
+
+def test_what_may_be_automatic_is_read_as_the_page_and_as_python_write_it():
+    stride = next(f for f in method_fields("custom") if f.name == "stride")
+    assert stride.default == 1
+    assert [stride.read(shown) for shown in ("automatic", "None", "2")] == [None, None, 2]
+    assert stride.show(None) == "automatic"
+
+
+@pytest.mark.parametrize(("shown", "value"), [("()", ()), ("None", None), ("(0.5,)", (0.5,))])
+def test_never_and_the_methods_own_moment_can_both_be_written(shown, value):
+    refresh = next(f for f in method_fields("auto") if f.name == "refresh")
+    assert refresh.read(shown) == value
+    assert refresh.show(value) == shown
+
+
 @pytest.mark.parametrize(
     ("method", "name", "shown", "said"),
     [

@@ -5,7 +5,7 @@ import re
 import shlex
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparsediff.demo.forms import method_fields, offered_methods
@@ -50,6 +50,8 @@ def all_settings(draw):
 
 
 @given(all_settings())
+@example(Settings(request=DEFAULTS, method="custom", parameters={"stride": None}))
+@example(Settings(request=DEFAULTS, method="auto", parameters={"refresh": (), "stride": 2}))
 def test_an_address_restores_settings(settings):
     query = to_query(settings)
     assert all(isinstance(value, str) for value in query.values())
