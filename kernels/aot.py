@@ -402,20 +402,20 @@ def while_pv_runs(instructions: list[str], pattern: str) -> tuple[int, ...]:
 def jumped_multiplications(instructions: list[str]) -> tuple[int, ...]:
     """For each jump that a warp takes by vote: the multiplications it leaves out.
 
-    ptxas may turn a jump over little work into predicates; then every tile pays for rescaling the output.
+    ptxas may turn a jump over little work into predicates; then every tile pays for rescaling the output.  Jumps to a
+    wait that was in vain lie beside it; nothing is waited for in what a vote decides on.
     """
-    counts, label = [], None
-    for line in instructions:
+    places = {line.strip().removesuffix(":"): i for i, line in enumerate(instructions)}
+    counts, voted = [], False
+    for i, line in enumerate(instructions):
         words = line.split()
         if "VOTE.ANY" in words:
-            label = ""
-        elif label == "" and (found := re.search(r"@!?P\d+ BRA `\((\S+)\)", line)):
-            label = found[1]
-            counts.append(0)
-        elif label and words == [f"{label}:"]:
-            label = None
-        elif label and "FMUL" in words:
-            counts[-1] += 1
+            voted = True
+        elif voted and (found := re.search(r"@!?P\d+ BRA `\((\S+)\)", line)):
+            jumped = instructions[i + 1 : places[found[1]]]
+            if jumped and not any(re.search(r"\b(HGMMA|BAR|DEPBAR)\b", x) for x in jumped):
+                counts.append(sum("FMUL" in x.split() for x in jumped))
+                voted = False
     return tuple(n for n in counts if n)
 
 
@@ -470,6 +470,7 @@ def every_kernel(arch: str) -> Iterator[Compiled]:
         yield pair_joining(arch)
         for fp8_pv, byproducts in product((False, True), (False, True)):
             yield hopper_8bit("bf16", fp8_pv=fp8_pv, byproducts=byproducts)
+        yield hopper_8bit("fp16", fp8_pv=False, byproducts=False)  # packs by another instruction
         for head_dim, block, own_lse in product((64, 128), (64, 128), (False, True)):
             yield hopper_mass("bf16", head_dim, (block, block), own_lse=own_lse)
         for own_lse in (False, True):

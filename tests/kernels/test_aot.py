@@ -48,8 +48,10 @@ def assert_sound(kernel):
         if "int8" in name:
             assert kernel["waits"] == 8, "ptxas has serialised products"
         if "int8" in name and "fp8" not in name:
-            # What does a tile again: its exponents, and the output under another maximum
+            # What does a tile again, once in each warpgroup: the output under another maximum, beside little else.
+            assert len(kernel["jumped_multiplications"]) == 2, kernel
             assert min(kernel["jumped_multiplications"]) >= 64, kernel
+            assert max(kernel["jumped_multiplications"]) < 96, kernel
         elif "fp8" not in name:
             # A thread has half a row of the output: in the loop of each warpgroup, and once more after it.
             each = 32 if " D64 " in name else 64
