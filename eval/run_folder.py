@@ -177,7 +177,10 @@ def configuration(pipe: object, metrics: tuple[str, ...], repeats: int) -> dict[
     """What must be equal in arms that are compared, in words."""
     found = environment(pipe._execution_device)
     scheduler = getattr(pipe, "scheduler", None)
-    settings = json.dumps(dict(getattr(scheduler, "config", {})), sort_keys=True, default=str)
+    settings = dict(getattr(scheduler, "config", {}))
+    # Which of them nobody set: a list whose order is another in every process.
+    settings.pop("_use_default_values", None)
+    settings = json.dumps(settings, sort_keys=True, default=str)
     model = denoisers(pipe)[0]
     return {
         "pipeline": type(pipe).__name__,

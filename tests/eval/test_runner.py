@@ -10,6 +10,7 @@ import torch
 import sparsediff.eval.runner as runner
 from sparsediff.eval.captured import Capture
 from sparsediff.eval.results import load_results
+from sparsediff.eval.run_folder import configuration
 from sparsediff.eval.runner import Options, evaluate
 from sparsediff.eval.video import read_video
 from sparsediff.testing import random_wan_pipeline
@@ -284,6 +285,16 @@ def test_changed_weights_and_scheduler_are_noticed(tmp_path):
     other = random_wan_pipeline(seed=1)
     with pytest.raises(ValueError, match="weights"):
         run(other, tmp_path, prompts=PROMPTS[:1], arms=ARMS[:1])
+
+
+def test_a_run_goes_on_in_another_process():
+    """diffusers lists what nobody set in an order that is another in every process."""
+    pipe = random_wan_pipeline()
+    before = configuration(pipe, ("psnr",), 1)
+    left = pipe.scheduler.config["_use_default_values"]
+    assert len(left) > 1
+    pipe.scheduler.register_to_config(_use_default_values=left[::-1])
+    assert configuration(pipe, ("psnr",), 1) == before
 
 
 def test_repeats_are_all_kept(pipe, tmp_path):
