@@ -30,7 +30,8 @@ class Auto(Custom):
     Attributes:
         density: share of key blocks kept, of all layers and heads together.
         windows: None offers each head a patch of one frame and a column through all frames; an image has patches only.
-        refresh: None chooses again at half of a run that is known to have 20 steps or more, `()` never.
+        refresh: None chooses again at half of a run that is known to have 20 steps or more, a fifth of the run after the
+            first choice at the earliest; `()` never.
 
     The other parameters are those of `Custom`.  Their defaults here: one budget for all layers, half of which rows have to
     themselves, and 64 query tokens of a block looked at.
@@ -73,7 +74,10 @@ class Auto(Custom):
         """The first time, and as `refresh` says."""
         if self.refresh is not None or last_refresh is None:
             return super().refreshes(site, last_refresh)
-        return (site.num_steps or 0) >= LONG_RUN and site.passed(AGAIN, last_refresh)
+        steps = site.num_steps or 0
+        # Soon after the first choice there is nothing new to see.
+        settled = site.step - last_refresh >= steps // 5
+        return steps >= LONG_RUN and settled and site.passed(AGAIN, last_refresh)
 
     def order(self, site: AttentionSite) -> TokenOrder | None:
         """A patch or a column, as the head likes."""

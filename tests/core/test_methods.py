@@ -197,6 +197,7 @@ def test_auto_chooses_again_at_half_of_a_long_run():
     assert chooses(Auto(), 20) == [4, 10]
     assert chooses(Auto(), 19) == chooses(Auto(), None) == [4], "short, or nobody knows"
     assert chooses(Auto(), 50, first=30) == [30], "the first choice came later"
+    assert chooses(Auto(), 20, first=9) == [9, 13], "not right after the first choice"
     assert chooses(Auto(refresh=()), 50) == [4]
     assert chooses(Auto(refresh=(0.4, 0.7)), 10) == [4, 7]
     assert not Auto().needs_step_count, "a bare transformer runs with one choice"
