@@ -63,6 +63,9 @@ class Player {
         if (this.playing) {
           this.grab(which, this.frameAt(info.mediaTime));
           if (which === 0) this.follow(this.frameAt(info.mediaTime));
+        } else if (!video.seeking) {
+          // A busy machine may say "seeked" before the picture is there to be read.
+          this.grab(which, this.frame);
         }
         video.requestVideoFrameCallback(each);
       };
