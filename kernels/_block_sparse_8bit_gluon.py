@@ -58,7 +58,6 @@ def attend_8bit(
         mask,
         seq_q,
         vote_threshold=vote_threshold,
-        lse_prev=lse_prev,
         want_lse=want_lse,
         want_mass=want_mass,
     )

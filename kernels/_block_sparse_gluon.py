@@ -61,7 +61,6 @@ def prepare(
     *,
     kv_lengths: Tensor | None = None,
     vote_threshold: float | None = None,
-    lse_prev: Tensor | None = None,
     want_lse: bool = False,
     want_mass: bool = False,
 ) -> Prepared:
@@ -108,7 +107,6 @@ def attend(
         seq_q,
         kv_lengths=kv_lengths,
         vote_threshold=vote_threshold,
-        lse_prev=lse_prev,
         want_lse=want_lse,
         want_mass=want_mass,
     )
