@@ -36,25 +36,27 @@ from sparsediff.kernels._hopper import (
     LN2,
     LOG2E,
     MASS_WIDTH,
+    are_beyond,
     assembly,
     clear_past,
+    declare_beyond,
     gather_votes,
-    lazy_maximum,
     leave_mass,
     leave_norm,
     load_entries,
     log2,
     mass_place,
+    pack_pairs,
     pass_turn,
     place,
     produce,
-    rescale,
     row_list,
     store_mass,
     store_votes,
     take_over,
     take_turn,
     thread_sums,
+    times_rows,
     visible_keys,
 )
 
@@ -112,6 +114,8 @@ def _consumer(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    # Else registers spill, and the product is made again.
+    KEEP_SCORES: gl.constexpr = BLOCK_N * BLOCK_D < 128 * 128
     ROW_S: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     turn = 0
@@ -120,6 +124,7 @@ def _consumer(
     Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 2)
     out_smem = out_bufs.index(GROUP)
     qk_scale = scale * LOG2E
+    declare_beyond(GROUP)
     if GROUP == 1:
         assembly("bar.arrive 9, 256; mov.u32 $0, 0;")
     item = take_over(work, work_full, work_empty, 0, 0)
@@ -133,7 +138,6 @@ def _consumer(
         length = gl.where(count > 0, length, 0)
         o_m = i_m * 128 + GROUP * 64 + gl.arange(0, 64, layout=ROW_S)
         b_m = gl.full([64], float("-inf"), gl.float32, ROW_S)
-        b_l = gl.zeros([64], gl.float32, ROW_S)
         b_o = gl.zeros([64, BLOCK_D], gl.float32, O_LAYOUT)
         b_votes = gl.zeros([64], gl.int32, ROW_S)
         if WITH_VOTE:
@@ -168,7 +172,7 @@ def _consumer(
         b_shift = gl.where(b_m == float("-inf"), 0.0, b_m)
         b_p = gl.exp2(b_s * qk_scale - b_shift[:, None])
         b_parts = thread_sums(b_p)
-        b_alpha = gl.full([64], 1.0, gl.float32, ROW_S)
+        b_all_parts = b_parts
         if WITH_MASS:
             i_space = (gl.program_id(0) * 2 + (rows & 1)).to(gl.int64)
             p_space = space_ptr + i_space * (kv_blocks + 1) * MASS_WIDTH
@@ -186,45 +190,56 @@ def _consumer(
             stage = turn % RING
             take_turn(GROUP)
             b_s = _scores(b_q, k_bufs.index(stage), BLOCK_N, BLOCK_D, S_LAYOUT)
-            # Rescaling the output hides under the product that has begun.  ptxas would hoist it but for a new basic block:
-            # this wait is over already.
-            mbarrier.wait(full.index(stage), (turn // RING) & 1)
-            # Sums of the tile before: their shuffles would lengthen its softmax, and hide here as well.
-            b_sum = gl.convert_layout(gl.sum(b_parts, 1), ROW_S)
-            b_l = b_l * b_alpha + b_sum
             if WITH_VOTE and (j & 31) == 0:
                 store_votes(b_votes, b_entries, vote_row)
                 b_entries = load_entries(p_list, count - 1 - j, ROW_S)
                 b_votes = gl.zeros([64], gl.int32, ROW_S)
             if WITH_MASS:
-                leave_mass(b_left, b_sum, b_m)
+                leave_mass(b_left, gl.convert_layout(gl.sum(b_parts, 1), ROW_S), b_m)
                 b_left += MASS_WIDTH * 4
-            b_o = rescale(b_o, b_alpha)
             b_o = warpgroup_mma(
                 b_pd, v_bufs.index(stage).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
             )
             pass_turn(GROUP)
             b_s = warpgroup_mma_wait(1, deps=(b_s,))
-            b_top = gl.max(b_s, 1) * qk_scale
+            b_p = gl.exp2(b_s * qk_scale - b_m[:, None])
+            b_parts = thread_sums(b_p)
+            if KEEP_SCORES:
+                # There is no room for probabilities in 32 bits beside them.
+                b_pd_next = gl.convert_layout(pack_pairs(b_p, DTYPE), P_LAYOUT)
             if WITH_VOTE:
+                b_top = gl.max(b_s, 1) * qk_scale
                 b_votes = gather_votes(b_votes, b_top, b_bar, j)
                 b_bar = gl.maximum(b_bar, b_top + b_threshold)
-            b_m_new = lazy_maximum(b_m, b_top)
-            b_p = gl.exp2(b_s * qk_scale - b_m_new[:, None])
-            b_alpha = gl.exp2(b_m - b_m_new)
-            b_parts = thread_sums(b_p)
-            b_m = b_m_new
+            # Asked here: ptxas sinks exponentials past the next wait if nothing before it needs them.
+            beyond = are_beyond(b_parts, GROUP, KEEP_SCORES)
             turn += 1
             mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
             b_o = warpgroup_mma_wait(0, deps=(b_o,))
-            mbarrier.arrive(empty.index(stage), count=1)
-            b_pd = gl.convert_layout(b_p.to(DTYPE), P_LAYOUT)
+            if KEEP_SCORES:
+                mbarrier.arrive(empty.index(stage), count=1)
+                b_pd = b_pd_next
+            if beyond != 0:
+                if not KEEP_SCORES:
+                    b_s = _scores(b_q, k_bufs.index(stage), BLOCK_N, BLOCK_D, S_LAYOUT)
+                    b_s = warpgroup_mma_wait(0, deps=(b_s,))
+                b_m_new = gl.maximum(b_m, gl.max(b_s, 1) * qk_scale)
+                b_p = gl.exp2(b_s * qk_scale - b_m_new[:, None])
+                b_parts = thread_sums(b_p)
+                b_alpha = gl.exp2(b_m - b_m_new)
+                b_o = times_rows(b_o, b_alpha)
+                b_all_parts = times_rows(b_all_parts, b_alpha)
+                b_m = b_m_new
+                if KEEP_SCORES:
+                    b_pd = gl.convert_layout(pack_pairs(b_p, DTYPE), P_LAYOUT)
+            b_all_parts += b_parts
+            if not KEEP_SCORES:
+                mbarrier.arrive(empty.index(stage), count=1)
+                b_pd = gl.convert_layout(b_p.to(DTYPE), P_LAYOUT)
 
         if WITH_VOTE:
             store_votes(b_votes, b_entries, vote_row)
-        b_sum = gl.convert_layout(gl.sum(b_parts, 1), ROW_S)
-        b_l = b_l * b_alpha + b_sum
-        b_o = rescale(b_o, b_alpha)
+        b_l = gl.convert_layout(gl.sum(b_all_parts, 1), ROW_S)
         b_o = warpgroup_mma(
             b_pd, v_bufs.index(turn % RING).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
         )
@@ -247,7 +262,7 @@ def _consumer(
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(GROUP), count=1)
         if WITH_MASS:
-            leave_mass(b_left, b_sum, b_m)
+            leave_mass(b_left, gl.convert_layout(gl.sum(b_parts, 1), ROW_S), b_m)
             if not HAS_LSE_PREV:
                 leave_norm(b_left + MASS_WIDTH * 4, b_m + log2(b_l), o_m, seq_q)
             p_mass = mass_ptr + i_row.to(gl.int64) * kv_blocks

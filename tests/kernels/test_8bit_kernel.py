@@ -19,11 +19,11 @@ DIM = 128
 
 
 class Redone:
-    """How often a tile was exponentiated again: the vote of `_are_beyond`, for a whole warpgroup."""
+    """How often a tile was exponentiated again: the vote of `are_beyond`, for a whole warpgroup."""
 
     count = 0
 
-    def __call__(self, b_parts, group):
+    def __call__(self, b_parts, *_):
         assert not b_parts.isnan().any()
         beyond = bool((b_parts > 4096).any())
         self.count += beyond
@@ -77,11 +77,11 @@ def run_8bit(q, k, v, mask, seed, **replace):
         HAS_LSE_PREV=False,
         FP8_PV=False,
         replace={
-            "_are_beyond": redone,
+            "are_beyond": redone,
             "_as_float": lambda b_s: b_s + MAGIC,
             "_maximum": lambda b_x, b_scale: (b_x.amax(1) - MAGIC) * b_scale,
             "_pack": lambda b_p, dtype, *_: b_p.to(dtype),
-            "_rescale_parts": lambda b_parts, b_alpha: b_parts * b_alpha[:, None],
+            "times_rows": lambda b_x, b_alpha: b_x * b_alpha[:, None],
             **replace,
         },
     )
@@ -125,6 +125,6 @@ def test_attention_under_maxima_that_move_late(seed, spread, limit):
 
 def test_a_tile_that_is_not_done_again_is_noticed():
     q, k, v, mask = make(0, 60.0)
-    out, lse, _ = run_8bit(q, k, v, mask, 0, _are_beyond=lambda *_: 0)
+    out, lse, _ = run_8bit(q, k, v, mask, 0, are_beyond=lambda *_: 0)
     assert not out.isfinite().all()
     assert not lse.isfinite()[0, 0].all()
