@@ -6,28 +6,15 @@ import torch
 pytest.importorskip("triton.experimental.gluon")
 
 from gluon_emulator import Descriptor, Pointer, run_kernel
+from moving_maxima import Redone, emulated, errors, make
 
-from sparsediff.block_mask import BlockMask
 from sparsediff.kernels import block_lists
 from sparsediff.kernels._block_sparse_8bit_sm90 import block_sparse_fwd_8bit_sm90
-from sparsediff.kernels._block_sparse_reference import attend as reference
 from sparsediff.kernels.quantize import quantize_pair_reference
 from sparsediff.kernels.tuning import hopper_8bit_ring
 
 MAGIC = 12582912.0
 DIM = 128
-
-
-class Redone:
-    """How often a tile was exponentiated again: the vote of `are_beyond`, for a whole warpgroup."""
-
-    count = 0
-
-    def __call__(self, b_parts, *_):
-        assert not b_parts.isnan().any()
-        beyond = bool((b_parts > 4096).any())
-        self.count += beyond
-        return int(beyond)
 
 
 def run_8bit(q, k, v, mask, seed, **replace):
@@ -77,36 +64,14 @@ def run_8bit(q, k, v, mask, seed, **replace):
         HAS_LSE_PREV=False,
         FP8_PV=False,
         replace={
-            "are_beyond": redone,
+            **emulated(redone),
             "_as_float": lambda b_s: b_s + MAGIC,
             "_maximum": lambda b_x, b_scale: (b_x.amax(1) - MAGIC) * b_scale,
             "_pack": lambda b_p, dtype, *_: b_p.to(dtype),
-            "times_rows": lambda b_x, b_alpha: b_x * b_alpha[:, None],
             **replace,
         },
     )
     return out, lse + DIM**-0.5 * pair.shift, redone.count
-
-
-def make(seed, spread):
-    """Inputs whose logits have that standard deviation, with an empty row of blocks."""
-    g = torch.Generator().manual_seed(seed)
-    batch, heads, seq_q, seq_k = 1, 2, 300, 700
-    q, k, v = (
-        torch.randn(batch, s, heads, DIM, generator=g).bfloat16() for s in (seq_q, seq_k, seq_k)
-    )
-    keep = torch.rand(batch, heads, 3, 6, generator=g) < 0.7
-    keep[0, 1, 1] = False
-    return q * spread, k, v, BlockMask.from_dense(keep, (128, 128), (seq_q, seq_k))
-
-
-def errors(out, lse, q, k, v, mask):
-    want, want_lse, *_ = reference(
-        q.double(), k.double(), v.double(), mask, scale=DIM**-0.5, want_lse=True
-    )
-    finite = want_lse.isfinite()
-    assert torch.equal(finite, lse.isfinite())
-    return (out - want).norm() / want.norm(), (lse - want_lse)[finite].abs().max()
 
 
 @pytest.mark.parametrize("seed", range(3))

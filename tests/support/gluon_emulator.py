@@ -416,7 +416,7 @@ def _language(program: int, programs: int, machine: Machine) -> types.SimpleName
         convert_layout=lambda x, _: x,
         to_tensor=_tensor,
         static_range=range,
-        program_id=lambda _: program,
+        program_id=lambda _: _tensor(program),
         num_programs=lambda _: programs,
         allocate_shared_memory=lambda dtype, shape, _: Shared(
             torch.full(shape, _spoilt(dtype), dtype=dtype), f"smem {shape}"
