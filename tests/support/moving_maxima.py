@@ -17,15 +17,6 @@ class Redone:
         return int(beyond)
 
 
-def emulated(redone) -> dict:
-    """Device functions in inline assembly, in torch."""
-    return {
-        "are_beyond": redone,
-        "pack_pairs": lambda b_p, dtype: b_p.to(dtype),
-        "times_rows": lambda b_x, b_alpha: b_x * b_alpha[:, None],
-    }
-
-
 def make(seed, spread, *, dim=128, block_n=128, dtype=torch.bfloat16):
     """Inputs whose logits have that standard deviation, with an empty row of blocks."""
     g = torch.Generator().manual_seed(seed)
