@@ -6,15 +6,20 @@ persistent: a program that finishes a query block draws the next one in the orde
 the draw to the consumers.  Who computes a row does not change its bits.
 
 Stage j of the one ring holds K[j] and V[j-1], which the same turn reads (S_j = Q K_j^T beside O += P_{j-1} V_{j-1})
-and frees together: one wait and one arrival a tile.  The wait for stage j+1 stands between the exponentials and the
-wait for PV for a second reason: it ends a basic block there, without which ptxas sinks the exponentials past the wait
-and nothing overlaps PV.  `tests/kernels/test_aot.py` reads the machine code to keep it so.
+and frees together: one wait and one arrival a tile.
+
+Tiles after the first are exponentiated under the maximum that a row has so far, which is never above the true one.  Its
+new maximum is looked for only if a sum of probabilities tells that the old one is far too low (`are_beyond`); then the
+tile is done again, after PV.  So nothing stands between scores and exponentials, and most tiles rescale nothing.  Where
+registers allow, scores are kept for it and every warp decides alone.  At a head size of 128 with key blocks of 128 there
+is no room beside queries, probabilities and output: the warpgroup decides together, and makes the product again.
+The question stands before the wait for PV: without it ptxas sinks the exponentials past the wait and nothing overlaps
+PV.  `tests/kernels/test_aot.py` reads the machine code to keep it so.
 
 With a head size of 64 neither tensor cores nor exponentials are the limit but the way of a warpgroup from its scores to
-its next turn.  What need not be on it waits for the next tile's first product: the shuffles of row sums, mass, votes.
+its next turn.  What need not be on it waits for the next tile's first product: the shuffles of mass, votes.
 
-The output is rescaled lazily (`lazy_maximum`, as FlashAttention-4 does on Blackwell), the vote is held against the true
-running maximum.  Votes gather as bits of a register, a bit a tile.
+The vote is held against the true running maximum, off that way.  Votes gather as bits of a register, a bit a tile.
 
 With `WITH_MASS` every row of every tile leaves the logarithm of its sum in a workspace that belongs to the program, and
 the finished row of blocks turns them into mass: `exp(log sum - log-sum-exp)`, summed over rows in a fixed order.
