@@ -29,11 +29,14 @@ from sparsediff.kernels._hopper import (
     LN2,
     LOG2E,
     MASS_WIDTH,
+    are_beyond,
     assembly,
+    declare_beyond,
     leave_mass,
     leave_norm,
     log2,
     mass_place,
+    pack_pairs,
     pass_turn,
     place,
     produce,
@@ -43,6 +46,7 @@ from sparsediff.kernels._hopper import (
     take_over,
     take_turn,
     thread_sums,
+    times_rows,
 )
 
 MAGIC_BITS = gl.constexpr(0x4B400000)
@@ -79,49 +83,6 @@ def _probabilities(b_x, b_scale, b_m):
     return gl.exp2(b_x * b_scale[:, None] - b_shift[:, None])
 
 
-def _voting(group: int) -> gl.constexpr:
-    """PTX that leaves 1 in a register if any of a warp's numbers is beyond 2**12, else 0."""
-    return gl.constexpr(
-        f"""{{ .reg .pred p;
-        setp.gt.f32 p, $2, 0f45800000; setp.gt.or.f32 p, $3, 0f45800000, p;
-        vote.sync.any.pred p, p, 0xffffffff; selp.b32 beyond{group}, 1, 0, p;
-        mov.b32 $0, 0; mov.b32 $1, 0; }}"""
-    )
-
-
-VOTE_0 = _voting(0)
-VOTE_1 = _voting(1)
-
-
-@gluon.jit
-def _are_beyond(b_parts, GROUP: gl.constexpr):
-    """Whether any of a warp's parts of sums is beyond 2**12: a number that differs from warp to warp.
-
-    Only a register that `_consumer` declares can hold such a number: Triton makes one number of a tensor in shared
-    memory, where all warps of a warpgroup meet.
-    """
-    if GROUP == 0:
-        gl.inline_asm_elementwise(
-            VOTE_0, "=r,=r,f,f", [b_parts], dtype=gl.int32, is_pure=False, pack=2
-        )
-        return gl.inline_asm_elementwise(
-            "mov.b32 $0, beyond0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
-    else:
-        gl.inline_asm_elementwise(
-            VOTE_1, "=r,=r,f,f", [b_parts], dtype=gl.int32, is_pure=False, pack=2
-        )
-        return gl.inline_asm_elementwise(
-            "mov.b32 $0, beyond1;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
-
-
-@gluon.jit
-def _rescale_parts(b_parts, b_alpha):
-    """Parts of sums `[64, 4]` times `b_alpha [64]`."""
-    return b_parts * gl.convert_layout(b_alpha, gl.SliceLayout(1, b_parts.type.layout))[:, None]
-
-
 @gluon.jit
 def _pack(b_p, DTYPE: gl.constexpr, FP8_PV: gl.constexpr, LAYOUT: gl.constexpr):
     """Probabilities as left operand of the second product; with `FP8_PV` four of them in an integer.
@@ -145,25 +106,7 @@ def _pack(b_p, DTYPE: gl.constexpr, FP8_PV: gl.constexpr, LAYOUT: gl.constexpr):
         b_first, _ = b_even.split()
         return b_first
     else:
-        return gl.convert_layout(_pack_pairs(b_p, DTYPE), LAYOUT)
-
-
-@gluon.jit
-def _pack_pairs(b_p, DTYPE: gl.constexpr):
-    """Probabilities in 16 bits, by instructions that stay where they are: ptxas would hold them in 32 bits for longer."""
-    if DTYPE == gl.bfloat16:  # noqa: SIM300
-        return gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;",
-            "=r,f,f",
-            [b_p],
-            dtype=gl.bfloat16,
-            is_pure=False,
-            pack=2,
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [b_p], dtype=gl.float16, is_pure=False, pack=2
-        )
+        return gl.convert_layout(pack_pairs(b_p, DTYPE), LAYOUT)
 
 
 @gluon.jit
@@ -260,10 +203,9 @@ def _consumer(
     q_smem = q_bufs.index(GROUP).reshape([64, BLOCK_D])
     out_smem = out_bufs.index(GROUP)
     qk_scale = scale * LOG2E
+    declare_beyond(GROUP)
     if GROUP == 1:
-        assembly(".reg .b32 beyond1; bar.arrive 9, 256; mov.u32 $0, 0;")
-    else:
-        assembly(".reg .b32 beyond0; mov.u32 $0, 0;")
+        assembly("bar.arrive 9, 256; mov.u32 $0, 0;")
     item = take_over(work, work_full, work_empty, 0, 0)
     while item >= 0:
         count = (item >> 32).to(gl.int32)
@@ -376,7 +318,7 @@ def _consumer(
             k_scale = gl.load(p_k_scale + following)
             if not FP8_PV:
                 # Asked here: ptxas sinks exponentials past the next wait if nothing before it needs them.
-                beyond = _are_beyond(b_parts, GROUP)
+                beyond = are_beyond(b_parts, GROUP, True)
             if FP8_PV:
                 b_sum = gl.sum(b_p, 1) * gl.exp2(-boost)
                 boost = gl.load(p_boost + following)
@@ -401,8 +343,8 @@ def _consumer(
                     b_p = _probabilities(b_x, b_scale, b_m_new)
                     b_parts = thread_sums(b_p)
                     b_pd = _pack(b_p, P_DTYPE, FP8_PV, P_LAYOUT)
-                    b_o = b_o * gl.convert_layout(b_alpha, ROW_O)[:, None]
-                    b_all_parts = _rescale_parts(b_all_parts, b_alpha)
+                    b_o = times_rows(b_o, b_alpha)
+                    b_all_parts = times_rows(b_all_parts, b_alpha)
                     b_m = b_m_new
                 b_all_parts += b_parts
                 if WITH_MASS:

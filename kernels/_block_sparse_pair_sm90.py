@@ -18,8 +18,8 @@ begins the next block's: its registers have no room for both, and three other co
 Where its own blocks are, a consumer knows from four numbers (`_position`); no list is read but by the producer.  The
 warpgroups take turns on the tensor cores only over the blocks of both rows, which are as many for either.
 
-Nothing else differs from `_block_sparse_sm90.py`: lazy rescaling, a persistent grid that draws pairs, the wait that
-keeps the exponentials before the wait for PV.
+Nothing else differs from `_block_sparse_sm90.py`: no running maximum in most blocks, a persistent grid that draws pairs,
+the wait that keeps the exponentials before the wait for PV.
 """
 
 from triton.experimental import gluon
@@ -35,11 +35,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparsediff.kernels._hopper import (
     LN2,
     LOG2E,
+    are_beyond,
     assembly,
     clear_past,
-    lazy_maximum,
+    declare_beyond,
+    pack_pairs,
     place,
-    rescale,
+    thread_sums,
+    times_rows,
 )
 from sparsediff.kernels._hopper_pairs import (
     FIELD,
@@ -101,11 +104,8 @@ def _scores(b_q, k_buffer, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT:
 
 
 @gluon.jit
-def _add_values(
-    b_o, b_alpha, b_pd, v_bufs, empty, stage, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr
-):
-    """O = O * alpha + P V of one block, from beginning to end; frees its stage."""
-    b_o = rescale(b_o, b_alpha)
+def _add_values(b_o, b_pd, v_bufs, empty, stage, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
+    """O += P V of one block, from beginning to end; frees its stage."""
     v_smem = v_bufs.index(stage).reshape([BLOCK_N, BLOCK_D])
     b_o = warpgroup_mma(b_pd, v_smem, b_o, is_async=True)
     b_o = warpgroup_mma_wait(0, deps=(b_o,))
@@ -155,6 +155,7 @@ def _consumer(
     q_smem = q_bufs.index(GROUP).reshape([64, BLOCK_D])
     out_smem = out_bufs.index(GROUP)
     qk_scale = scale * LOG2E
+    declare_beyond(GROUP)
     if TURNS and GROUP == 1:
         assembly("bar.arrive 9, 256; mov.u32 $0, 0;")
     item, word = take_over_pair(work, work_full, work_empty, rows, GROUP)
@@ -194,13 +195,12 @@ def _consumer(
         # A row that attends to nothing leaves the maximum at -inf, and -inf - -inf is NaN.
         b_shift = gl.where(b_m == float("-inf"), 0.0, b_m)
         b_p = gl.exp2(b_s * qk_scale - b_shift[:, None])
-        b_l = gl.sum(b_p, 1)
-        b_alpha = gl.full([64], 1.0, gl.float32, ROW_S)
+        b_all_parts = thread_sums(b_p)
         if HAS_LENGTHS and visible < BLOCK_N:
             clear_past(v_bufs.index(turn % RING), visible, BLOCK_N, BLOCK_D)
         b_pd = gl.convert_layout(b_p.to(DTYPE), P_LAYOUT)
         if not OVERLAP:
-            b_o = _add_values(b_o, b_alpha, b_pd, v_bufs, empty, turn % RING, BLOCK_N, BLOCK_D)
+            b_o = _add_values(b_o, b_pd, v_bufs, empty, turn % RING, BLOCK_N, BLOCK_D)
 
         for i in range(1, count):
             held = turn % RING
@@ -215,10 +215,6 @@ def _consumer(
             take_turn(both, TURNS, GROUP)
             b_s = _scores(b_q, k_bufs.index(stage), BLOCK_N, BLOCK_D, S_LAYOUT)
             if OVERLAP:
-                # Rescaling the output hides under the product that has begun.  ptxas would hoist it but for a new basic
-                # block: this wait is over already.
-                mbarrier.wait(full.index(stage), phase)
-                b_o = rescale(b_o, b_alpha)
                 b_o = warpgroup_mma(
                     b_pd, v_bufs.index(held).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
                 )
@@ -227,24 +223,40 @@ def _consumer(
             else:
                 pass_turn(both, TURNS, GROUP)
                 b_s = warpgroup_mma_wait(0, deps=(b_s,))
-            b_top = gl.max(b_s, 1) * qk_scale
-            b_m_new = lazy_maximum(b_m, b_top)
-            b_p = gl.exp2(b_s * qk_scale - b_m_new[:, None])
-            b_alpha = gl.exp2(b_m - b_m_new)
-            b_l = b_l * b_alpha + gl.sum(b_p, 1)
-            b_m = b_m_new
+            b_p = gl.exp2(b_s * qk_scale - b_m[:, None])
+            b_parts = thread_sums(b_p)
+            if OVERLAP:
+                b_pd_next = gl.convert_layout(pack_pairs(b_p, DTYPE), P_LAYOUT)
+            # Asked here: ptxas sinks exponentials past the wait for PV if nothing before it needs them.
+            beyond = are_beyond(b_parts, GROUP, OVERLAP)
             if OVERLAP:
                 # Over as well: it keeps the exponentials before the wait for PV.
                 mbarrier.wait(full.index(stage), phase)
                 b_o = warpgroup_mma_wait(0, deps=(b_o,))
                 mbarrier.arrive(empty.index(held), count=1)
-            b_pd = gl.convert_layout(b_p.to(DTYPE), P_LAYOUT)
+                b_pd = b_pd_next
+            if beyond != 0:
+                if not OVERLAP:  # few registers: scores are made again
+                    b_s = _scores(b_q, k_bufs.index(stage), BLOCK_N, BLOCK_D, S_LAYOUT)
+                    b_s = warpgroup_mma_wait(0, deps=(b_s,))
+                b_m_new = gl.maximum(b_m, gl.max(b_s, 1) * qk_scale)
+                b_p = gl.exp2(b_s * qk_scale - b_m_new[:, None])
+                b_parts = thread_sums(b_p)
+                if OVERLAP:
+                    b_pd = gl.convert_layout(pack_pairs(b_p, DTYPE), P_LAYOUT)
+                b_alpha = gl.exp2(b_m - b_m_new)
+                b_o = times_rows(b_o, b_alpha)
+                b_all_parts = times_rows(b_all_parts, b_alpha)
+                b_m = b_m_new
+            b_all_parts += b_parts
             if not OVERLAP:
-                b_o = _add_values(b_o, b_alpha, b_pd, v_bufs, empty, stage, BLOCK_N, BLOCK_D)
+                b_pd = gl.convert_layout(b_p.to(DTYPE), P_LAYOUT)
+                b_o = _add_values(b_o, b_pd, v_bufs, empty, stage, BLOCK_N, BLOCK_D)
 
         if OVERLAP:
-            b_o = _add_values(b_o, b_alpha, b_pd, v_bufs, empty, turn % RING, BLOCK_N, BLOCK_D)
+            b_o = _add_values(b_o, b_pd, v_bufs, empty, turn % RING, BLOCK_N, BLOCK_D)
 
+        b_l = gl.convert_layout(gl.sum(b_all_parts, 1), ROW_S)
         if WITH_LSE:
             p_lse = lse_ptr + (i_row // pairs).to(gl.int64) * seq_q + o_m
             gl.store(p_lse, b_m * LN2 + gl.log(b_l), mask=o_m < seq_q)

@@ -25,13 +25,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparsediff.kernels._hopper import (
     LN2,
     LOG2E,
+    are_beyond,
     assembly,
     clear_past,
+    declare_beyond,
     lazy_maximum,
     pass_turn,
     place,
     rescale,
     take_turn,
+    thread_sums,
+    times_rows,
 )
 from sparsediff.kernels._hopper_pairs import (
     FIELD,
@@ -142,6 +146,7 @@ def _consumer(
     q_smem = q_bufs.index(GROUP).reshape([64, BLOCK_D])
     out_smem = out_bufs.index(GROUP)
     qk_scale = scale * LOG2E
+    declare_beyond(GROUP)
     if GROUP == 1:
         assembly("bar.arrive 9, 256; mov.u32 $0, 0;")
     item, word = take_over_pair(work, work_full, work_empty, rows, GROUP)
@@ -198,7 +203,9 @@ def _consumer(
             b_p0 = _weights(b_s0, b_shift, qk_scale)
             b_p1 = _weights(b_s1, b_shift, qk_scale)
             b_alpha = gl.exp2(b_m - b_shift)
-            b_l = b_l * b_alpha + gl.sum(b_p0 + b_p1, 1)
+            b_o = rescale(b_o, b_alpha)
+            b_l = b_l * b_alpha
+            b_all_parts = thread_sums(b_p0) + thread_sums(b_p1)
             b_m = b_m_new
             turn += 1
             mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
@@ -212,30 +219,38 @@ def _consumer(
                 take_turn(GROUP)
                 b_s0 = _scores(b_q, k_bufs.index(2 * stage), BLOCK_D, S_LAYOUT)
                 b_s1 = _scores(b_q, k_bufs.index(2 * stage + 1), BLOCK_D, S_LAYOUT)
-                # Rescaling the output hides under the products that have begun.  ptxas would hoist it but for a new basic
-                # block: this wait is over already.
-                mbarrier.wait(full.index(stage), (turn // RING) & 1)
-                b_o = rescale(b_o, b_alpha)
                 b_o = _add(b_o, b_pd0, v_bufs.index(2 * stage), BLOCK_D)
                 b_o = _add(b_o, b_pd1, v_bufs.index(2 * stage + 1), BLOCK_D)
                 pass_turn(GROUP)
                 b_s0, b_s1 = warpgroup_mma_wait(2, deps=(b_s0, b_s1))
-                b_m_new = lazy_maximum(b_m, gl.max(gl.maximum(b_s0, b_s1), 1) * qk_scale)
-                b_p0 = _weights(b_s0, b_m_new, qk_scale)
-                b_p1 = _weights(b_s1, b_m_new, qk_scale)
-                b_alpha = gl.exp2(b_m - b_m_new)
-                b_l = b_l * b_alpha + gl.sum(b_p0 + b_p1, 1)
-                b_m = b_m_new
+                b_p0 = _weights(b_s0, b_m, qk_scale)
+                b_p1 = _weights(b_s1, b_m, qk_scale)
+                b_parts = thread_sums(b_p0) + thread_sums(b_p1)
+                beyond = are_beyond(b_parts, GROUP, False)
                 turn += 1
                 # It keeps the exponentials before the wait for PV, too.
                 mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
                 b_o = warpgroup_mma_wait(0, deps=(b_o,))
+                if beyond != 0:
+                    b_s0 = _scores(b_q, k_bufs.index(2 * stage), BLOCK_D, S_LAYOUT)
+                    b_s1 = _scores(b_q, k_bufs.index(2 * stage + 1), BLOCK_D, S_LAYOUT)
+                    b_s0, b_s1 = warpgroup_mma_wait(0, deps=(b_s0, b_s1))
+                    b_m_new = gl.maximum(b_m, gl.max(gl.maximum(b_s0, b_s1), 1) * qk_scale)
+                    b_p0 = _weights(b_s0, b_m_new, qk_scale)
+                    b_p1 = _weights(b_s1, b_m_new, qk_scale)
+                    b_parts = thread_sums(b_p0) + thread_sums(b_p1)
+                    b_alpha = gl.exp2(b_m - b_m_new)
+                    b_o = times_rows(b_o, b_alpha)
+                    b_all_parts = times_rows(b_all_parts, b_alpha)
+                    b_l = b_l * b_alpha
+                    b_m = b_m_new
+                b_all_parts += b_parts
                 mbarrier.arrive(empty.index(stage), count=1)
                 b_pd0 = gl.convert_layout(b_p0.to(DTYPE), P_LAYOUT)
                 b_pd1 = gl.convert_layout(b_p1.to(DTYPE), P_LAYOUT)
 
             stage = turn % RING
-            b_o = rescale(b_o, b_alpha)
+            b_l += gl.convert_layout(gl.sum(b_all_parts, 1), ROW_S)
             b_o = _add(b_o, b_pd0, v_bufs.index(2 * stage), BLOCK_D)
             b_o = _add(b_o, b_pd1, v_bufs.index(2 * stage + 1), BLOCK_D)
             b_o = warpgroup_mma_wait(0, deps=(b_o,))

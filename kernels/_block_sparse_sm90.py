@@ -6,15 +6,20 @@ persistent: a program that finishes a query block draws the next one in the orde
 the draw to the consumers.  Who computes a row does not change its bits.
 
 Stage j of the one ring holds K[j] and V[j-1], which the same turn reads (S_j = Q K_j^T beside O += P_{j-1} V_{j-1})
-and frees together: one wait and one arrival a tile.  The wait for stage j+1 stands between the exponentials and the
-wait for PV for a second reason: it ends a basic block there, without which ptxas sinks the exponentials past the wait
-and nothing overlaps PV.  `tests/kernels/test_aot.py` reads the machine code to keep it so.
+and frees together: one wait and one arrival a tile.
+
+Tiles after the first are exponentiated under the maximum that a row has so far, which is never above the true one.  Its
+new maximum is looked for only if a sum of probabilities tells that the old one is far too low (`are_beyond`); then the
+tile is done again, after PV, by every warp that needs it: the scores are kept.  So nothing stands between scores and
+exponentials, and most tiles rescale nothing.  The question stands before the wait for PV: without it ptxas sinks the
+exponentials past the wait and nothing overlaps PV.  `tests/kernels/test_aot.py` reads the machine code to keep it so.
+At a head size of 128 with key blocks of 128, scores, output and two sets of probabilities leave no registers for the
+queries, which products then read from shared memory.
 
 With a head size of 64 neither tensor cores nor exponentials are the limit but the way of a warpgroup from its scores to
-its next turn.  What need not be on it waits for the next tile's first product: the shuffles of row sums, mass, votes.
+its next turn.  What need not be on it waits for the next tile's first product: the shuffles of mass, votes.
 
-The output is rescaled lazily (`lazy_maximum`, as FlashAttention-4 does on Blackwell), the vote is held against the true
-running maximum.  Votes gather as bits of a register, a bit a tile.
+The vote is held against the true running maximum, off that way.  Votes gather as bits of a register, a bit a tile.
 
 With `WITH_MASS` every row of every tile leaves the logarithm of its sum in a workspace that belongs to the program, and
 the finished row of blocks turns them into mass: `exp(log sum - log-sum-exp)`, summed over rows in a fixed order.
@@ -36,25 +41,27 @@ from sparsediff.kernels._hopper import (
     LN2,
     LOG2E,
     MASS_WIDTH,
+    are_beyond,
     assembly,
     clear_past,
+    declare_beyond,
     gather_votes,
-    lazy_maximum,
     leave_mass,
     leave_norm,
     load_entries,
     log2,
     mass_place,
+    pack_pairs,
     pass_turn,
     place,
     produce,
-    rescale,
     row_list,
     store_mass,
     store_votes,
     take_over,
     take_turn,
     thread_sums,
+    times_rows,
     visible_keys,
 )
 
@@ -112,6 +119,8 @@ def _consumer(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    # Else registers spill.
+    Q_IN_REGISTERS: gl.constexpr = BLOCK_N * BLOCK_D < 128 * 128
     ROW_S: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     turn = 0
@@ -120,6 +129,7 @@ def _consumer(
     Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 2)
     out_smem = out_bufs.index(GROUP)
     qk_scale = scale * LOG2E
+    declare_beyond(GROUP)
     if GROUP == 1:
         assembly("bar.arrive 9, 256; mov.u32 $0, 0;")
     item = take_over(work, work_full, work_empty, 0, 0)
@@ -133,7 +143,6 @@ def _consumer(
         length = gl.where(count > 0, length, 0)
         o_m = i_m * 128 + GROUP * 64 + gl.arange(0, 64, layout=ROW_S)
         b_m = gl.full([64], float("-inf"), gl.float32, ROW_S)
-        b_l = gl.zeros([64], gl.float32, ROW_S)
         b_o = gl.zeros([64, BLOCK_D], gl.float32, O_LAYOUT)
         b_votes = gl.zeros([64], gl.int32, ROW_S)
         if WITH_VOTE:
@@ -149,8 +158,11 @@ def _consumer(
 
         # The first tile, the only one that can be ragged
         mbarrier.wait(q_full.index(GROUP), rows & 1)
-        b_q = q_smem.load(Q_LAYOUT)
-        if not ALIAS:
+        if Q_IN_REGISTERS:
+            b_q = q_smem.load(Q_LAYOUT)
+        else:
+            b_q = q_smem
+        if Q_IN_REGISTERS and not ALIAS:
             mbarrier.arrive(q_empty.index(GROUP), count=1)
         mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
         take_turn(GROUP)
@@ -168,7 +180,7 @@ def _consumer(
         b_shift = gl.where(b_m == float("-inf"), 0.0, b_m)
         b_p = gl.exp2(b_s * qk_scale - b_shift[:, None])
         b_parts = thread_sums(b_p)
-        b_alpha = gl.full([64], 1.0, gl.float32, ROW_S)
+        b_all_parts = b_parts
         if WITH_MASS:
             i_space = (gl.program_id(0) * 2 + (rows & 1)).to(gl.int64)
             p_space = space_ptr + i_space * (kv_blocks + 1) * MASS_WIDTH
@@ -186,45 +198,49 @@ def _consumer(
             stage = turn % RING
             take_turn(GROUP)
             b_s = _scores(b_q, k_bufs.index(stage), BLOCK_N, BLOCK_D, S_LAYOUT)
-            # Rescaling the output hides under the product that has begun.  ptxas would hoist it but for a new basic block:
-            # this wait is over already.
-            mbarrier.wait(full.index(stage), (turn // RING) & 1)
-            # Sums of the tile before: their shuffles would lengthen its softmax, and hide here as well.
-            b_sum = gl.convert_layout(gl.sum(b_parts, 1), ROW_S)
-            b_l = b_l * b_alpha + b_sum
             if WITH_VOTE and (j & 31) == 0:
                 store_votes(b_votes, b_entries, vote_row)
                 b_entries = load_entries(p_list, count - 1 - j, ROW_S)
                 b_votes = gl.zeros([64], gl.int32, ROW_S)
             if WITH_MASS:
-                leave_mass(b_left, b_sum, b_m)
+                leave_mass(b_left, gl.convert_layout(gl.sum(b_parts, 1), ROW_S), b_m)
                 b_left += MASS_WIDTH * 4
-            b_o = rescale(b_o, b_alpha)
             b_o = warpgroup_mma(
                 b_pd, v_bufs.index(stage).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
             )
             pass_turn(GROUP)
             b_s = warpgroup_mma_wait(1, deps=(b_s,))
-            b_top = gl.max(b_s, 1) * qk_scale
+            b_p = gl.exp2(b_s * qk_scale - b_m[:, None])
+            b_parts = thread_sums(b_p)
+            # The scores stay for doing it again: there is no room for probabilities in 32 bits beside them.
+            b_pd_next = gl.convert_layout(pack_pairs(b_p, DTYPE), P_LAYOUT)
             if WITH_VOTE:
+                b_top = gl.max(b_s, 1) * qk_scale
                 b_votes = gather_votes(b_votes, b_top, b_bar, j)
                 b_bar = gl.maximum(b_bar, b_top + b_threshold)
-            b_m_new = lazy_maximum(b_m, b_top)
-            b_p = gl.exp2(b_s * qk_scale - b_m_new[:, None])
-            b_alpha = gl.exp2(b_m - b_m_new)
-            b_parts = thread_sums(b_p)
-            b_m = b_m_new
+            # Asked here: ptxas sinks exponentials past the next wait if nothing before it needs them.
+            beyond = are_beyond(b_parts, GROUP, True)
             turn += 1
             mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
             b_o = warpgroup_mma_wait(0, deps=(b_o,))
             mbarrier.arrive(empty.index(stage), count=1)
-            b_pd = gl.convert_layout(b_p.to(DTYPE), P_LAYOUT)
+            b_pd = b_pd_next
+            if beyond != 0:  # some warps only: nothing in here meets other warps
+                b_m_new = gl.maximum(b_m, gl.max(b_s, 1) * qk_scale)
+                b_p = gl.exp2(b_s * qk_scale - b_m_new[:, None])
+                b_parts = thread_sums(b_p)
+                b_alpha = gl.exp2(b_m - b_m_new)
+                b_o = times_rows(b_o, b_alpha)
+                b_all_parts = times_rows(b_all_parts, b_alpha)
+                b_m = b_m_new
+                b_pd = gl.convert_layout(pack_pairs(b_p, DTYPE), P_LAYOUT)
+            b_all_parts += b_parts
 
+        if not (Q_IN_REGISTERS or ALIAS):
+            mbarrier.arrive(q_empty.index(GROUP), count=1)
         if WITH_VOTE:
             store_votes(b_votes, b_entries, vote_row)
-        b_sum = gl.convert_layout(gl.sum(b_parts, 1), ROW_S)
-        b_l = b_l * b_alpha + b_sum
-        b_o = rescale(b_o, b_alpha)
+        b_l = gl.convert_layout(gl.sum(b_all_parts, 1), ROW_S)
         b_o = warpgroup_mma(
             b_pd, v_bufs.index(turn % RING).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
         )
@@ -247,7 +263,7 @@ def _consumer(
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(GROUP), count=1)
         if WITH_MASS:
-            leave_mass(b_left, b_sum, b_m)
+            leave_mass(b_left, gl.convert_layout(gl.sum(b_parts, 1), ROW_S), b_m)
             if not HAS_LSE_PREV:
                 leave_norm(b_left + MASS_WIDTH * 4, b_m + log2(b_l), o_m, seq_q)
             p_mass = mass_ptr + i_row.to(gl.int64) * kv_blocks

@@ -70,6 +70,89 @@ def lazy_maximum(b_m, b_top):
     return gl.where(b_top > b_m + LAZY_GAP, b_top, b_m)
 
 
+def _voting(group: int, ending: str) -> gl.constexpr:
+    """PTX that leaves 1 in the register `beyond{group}` if any number of those that vote is beyond 2**12, else 0."""
+    return gl.constexpr(
+        f"""{{ .reg .pred p;
+        setp.gt.f32 p, $2, 0f45800000; setp.gt.or.f32 p, $3, 0f45800000, p;
+        {ending} selp.b32 beyond{group}, 1, 0, p;
+        mov.b32 $0, 0; mov.b32 $1, 0; }}"""
+    )
+
+
+WARP_VOTE_0 = _voting(0, "vote.sync.any.pred p, p, 0xffffffff;")
+WARP_VOTE_1 = _voting(1, "vote.sync.any.pred p, p, 0xffffffff;")
+GROUP_VOTE_0 = _voting(0, "bar.red.or.pred p, 12, 128, p;")
+GROUP_VOTE_1 = _voting(1, "bar.red.or.pred p, 13, 128, p;")
+
+
+@gluon.jit
+def declare_beyond(GROUP: gl.constexpr):
+    """Declare the register of `are_beyond`, before anything branches."""
+    if GROUP == 0:
+        assembly(".reg .b32 beyond0; mov.u32 $0, 0;")
+    else:
+        assembly(".reg .b32 beyond1; mov.u32 $0, 0;")
+
+
+@gluon.jit
+def are_beyond(b_parts, GROUP: gl.constexpr, BY_WARP: gl.constexpr):
+    """Whether any part of a sum is beyond 2**12 (NaN is not): in this warp, or else in the whole warpgroup.
+
+    That leaves single probabilities far below what fp16 can hold, and an exponential that has overflown is beyond.
+    Only a register that `declare_beyond` declares can hold a number that differs from warp to warp: Triton makes one
+    number of a tensor in shared memory, where all warps of a warpgroup meet.
+    """
+    if GROUP == 0:
+        gl.inline_asm_elementwise(
+            WARP_VOTE_0 if BY_WARP else GROUP_VOTE_0,
+            "=r,=r,f,f",
+            [b_parts],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=2,
+        )
+        return gl.inline_asm_elementwise(
+            "mov.b32 $0, beyond0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+    else:
+        gl.inline_asm_elementwise(
+            WARP_VOTE_1 if BY_WARP else GROUP_VOTE_1,
+            "=r,=r,f,f",
+            [b_parts],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=2,
+        )
+        return gl.inline_asm_elementwise(
+            "mov.b32 $0, beyond1;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+
+
+@gluon.jit
+def times_rows(b_x, b_alpha):
+    """`b_x [64, N] * b_alpha [64]` by rows, in the layout of `b_x`."""
+    return b_x * gl.convert_layout(b_alpha, gl.SliceLayout(1, b_x.type.layout))[:, None]
+
+
+@gluon.jit
+def pack_pairs(b_p, DTYPE: gl.constexpr):
+    """Probabilities in 16 bits, by instructions that stay where they are: ptxas would hold them in 32 bits for longer."""
+    if DTYPE == gl.bfloat16:  # noqa: SIM300
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;",
+            "=r,f,f",
+            [b_p],
+            dtype=gl.bfloat16,
+            is_pure=False,
+            pack=2,
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [b_p], dtype=gl.float16, is_pure=False, pack=2
+        )
+
+
 @gluon.jit
 def log2(x):
     """Base-2 logarithm in one instruction; a denormal counts as 0, whose logarithm is -inf."""

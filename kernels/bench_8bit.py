@@ -12,6 +12,7 @@ from sparsediff.block_mask import BlockMask
 from sparsediff.kernels import quantize
 from sparsediff.kernels._block_sparse_reference import attend as reference
 from sparsediff.kernels.attention import attend_blocks
+from sparsediff.kernels.bench_checks import make_moving_maxima
 from sparsediff.kernels.bench_inputs import (
     DEVICE,
     SHAPES,
@@ -109,17 +110,7 @@ def check_moving_maxima() -> Iterator[dict]:
     Rounding costs more the wider logits are: limits grow with them.
     """
     for spread, limit in ((8, 0.08), (60, 0.25)):
-        g = torch.Generator(DEVICE).manual_seed(spread)
-        q, k, v = (
-            torch.randn(2, s, 3, 128, device=DEVICE, dtype=torch.bfloat16, generator=g)
-            for s in (1000, 1500, 1500)
-        )
-        # One row of every warp, by turns all of them or none: warps must part and meet again.
-        q[:, 7:400:16] *= spread
-        q[:, 400:800] *= spread
-        keep = torch.rand(2, 3, 8, 12, device=DEVICE, generator=g) < 0.7
-        keep[..., 0] = True
-        mask = spoil(BlockMask.from_dense(keep, (128, 128), (1000, 1500)))
+        q, k, v, mask = make_moving_maxima(spread)
         exact = reference(
             *(x.double() for x in (q, k, v)), mask, scale=128**-0.5, want_lse=True, want_mass=True
         )

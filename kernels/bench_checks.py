@@ -45,6 +45,8 @@ def check_gluon() -> Iterator[dict]:
     yield check_graph("gluon")
     yield from check_backend("gluon", 64, (128, 128), torch.bfloat16)
     yield from check_backend("gluon", 96, (128, 128), torch.bfloat16)
+    for head_dim in (128, 64):
+        yield from check_moving_maxima("gluon", head_dim, (128, 128), torch.bfloat16)
 
 
 def check_gluon_more() -> Iterator[dict]:
@@ -52,6 +54,8 @@ def check_gluon_more() -> Iterator[dict]:
     yield from check_backend("gluon", 128, (128, 64), torch.bfloat16)
     yield from check_backend("gluon", 128, (128, 128), torch.float16)
     yield from check_backend("gluon", 64, (128, 64), torch.float16)
+    for head_dim, block in ((128, (128, 128)), (128, (128, 64)), (64, (128, 64))):
+        yield from check_moving_maxima("gluon", head_dim, block, torch.float16)
 
 
 def check_triton() -> Iterator[dict]:
@@ -191,6 +195,85 @@ def check_backend(
             "votes": got.vote.numel(),
             "repeatable": torch.equal(got.out, again.out) and torch.equal(mass, mass_again),
             "byproducts_change_nothing": torch.equal(plain, got.out),
+        }
+
+
+def make_moving_maxima(
+    spread: float,
+    head_dim: int = 128,
+    block_size: tuple[int, int] = (128, 128),
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Tensor, Tensor, Tensor, BlockMask]:
+    """Query, key, value and a mask; some rows' logits lie so far apart that their maxima move late and far.
+
+    One row of every warp is such, then by turns all rows or none: warps must part and meet again.
+    """
+    g = torch.Generator(DEVICE).manual_seed(int(spread))
+    q, k, v = (
+        torch.randn(2, s, 3, head_dim, device=DEVICE, dtype=dtype, generator=g)
+        for s in (1000, 1500, 1500)
+    )
+    q[:, 7:400:16] *= spread
+    q[:, 400:800] *= spread
+    rows, columns = -(-1000 // block_size[0]), -(-1500 // block_size[1])
+    keep = torch.rand(2, 3, rows, columns, device=DEVICE, generator=g) < 0.7
+    keep[..., 0] = True
+    return q, k, v, spoil(BlockMask.from_dense(keep, block_size, (1000, 1500)))
+
+
+def check_moving_maxima(
+    backend: str, head_dim: int, block_size: tuple[int, int], dtype: torch.dtype
+) -> Iterator[dict]:
+    """Tiles that must be done under another maximum, in some warps or in all; a row of NaN stays one and stays alone."""
+    for spread in (8.0, 60.0):
+        q, k, v, mask = make_moving_maxima(spread, head_dim, block_size, dtype)
+        exact = reference(
+            *(x.double() for x in (q, k, v)),
+            mask,
+            scale=head_dim**-0.5,
+            want_lse=True,
+            want_mass=True,
+        )
+        baseline = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=token_mask(mask, None)
+        ).transpose(1, 2)
+        run = partial(attend_blocks, q, k, v, mask, backend=backend)
+        with poisoned_memory():
+            plain, again = run().out, run().out
+            full = run(return_lse=True, return_mass=True, vote_threshold=-1.0)
+            q[:, 5] = float("nan")
+            spoilt = run().out
+        error, floor = ((x.double() - exact[0]).abs().max().item() for x in (plain, baseline))
+        budget = 2 * floor + torch.finfo(dtype).eps * exact[0].abs().max().item()
+        lse_error = ((full.lse - exact[1]).abs() / (1 + exact[1].abs())).max().item()
+        mass_error = (full.mass - exact[3]).abs().max().item()
+        others = torch.arange(q.shape[1], device=DEVICE) != 5
+        good = (
+            error <= budget
+            and lse_error < 1e-4
+            and mass_error < 2e-2
+            and torch.equal(plain, again)
+            and torch.equal(plain, full.out)
+            and bool(spoilt[:, 5].isnan().all())
+            and torch.equal(spoilt[:, others], plain[:, others])
+        )
+        yield {
+            "kind": "check",
+            "backend": backend,
+            "what": "maxima that move",
+            "head_dim": head_dim,
+            "block": list(block_size),
+            "dtype": str(dtype).removeprefix("torch."),
+            "spread": spread,
+            "ok": good,
+            "error": error,
+            "pytorch_error": floor,
+            "budget": budget,
+            "lse_error": lse_error,
+            "mass_error": mass_error,
+            "repeatable": torch.equal(plain, again),
+            "byproducts_change_nothing": torch.equal(plain, full.out),
+            "a_row_of_nan_stays_alone": torch.equal(spoilt[:, others], plain[:, others]),
         }
 
 

@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton.experimental.gluon")
 
 from gluon_emulator import Descriptor, Pointer, run_kernel
+from moving_maxima import Address, Redone, errors, make, mass_place, store_pair, store_vote
 
-from sparsediff.block_mask import BlockMask
 from sparsediff.kernels import block_lists
 from sparsediff.kernels._block_sparse_8bit_sm90 import block_sparse_fwd_8bit_sm90
 from sparsediff.kernels._block_sparse_reference import attend as reference
@@ -16,50 +16,6 @@ from sparsediff.kernels.tuning import hopper_8bit_ring
 
 MAGIC = 12582912.0
 DIM = 128
-
-
-class Redone:
-    """How often a tile was exponentiated again: the vote of `_are_beyond`, for a whole warpgroup."""
-
-    count = 0
-
-    def __call__(self, b_parts, group):
-        assert not b_parts.isnan().any()
-        beyond = bool((b_parts > 4096).any())
-        self.count += beyond
-        return int(beyond)
-
-
-class Address(Pointer):
-    """A pointer that is a number: bytes are added to it."""
-
-    def __init__(self, data, offset, size) -> None:
-        super().__init__(data, offset)
-        self.size = size
-
-    def to(self, _):
-        return self
-
-    def __add__(self, number):
-        return Address(self.data, self.offset + number // self.size, self.size)
-
-
-def store_vote(b_gap, address):
-    """One predicated store for each warp of 16 rows."""
-    for wanted, place in zip(
-        (b_gap > 0).view(4, 16).any(1), address.offset.view(4, 16)[:, 0], strict=True
-    ):
-        if wanted:
-            address.data[place] = 1
-
-
-def mass_place(p_space, group, _):
-    o_m = torch.arange(64)
-    return Address(p_space.data, p_space.offset + group * 64 + o_m, 4)
-
-
-def store_pair(b_x, address):
-    address.data[address.offset] = b_x
 
 
 def run_8bit(q, k, v, mask, seed, *, threshold=None, **replace):
@@ -113,11 +69,10 @@ def run_8bit(q, k, v, mask, seed, *, threshold=None, **replace):
         HAS_LSE_PREV=False,
         FP8_PV=False,
         replace={
-            "_are_beyond": redone,
+            "are_beyond": redone,
             "_as_float": lambda b_s: b_s + MAGIC,
             "_maximum": lambda b_x, b_scale: (b_x.amax(1) - MAGIC) * b_scale,
             "_pack": lambda b_p, dtype, *_: b_p.to(dtype),
-            "_rescale_parts": lambda b_parts, b_alpha: b_parts * b_alpha[:, None],
             "mass_place": mass_place,
             "store_pair": store_pair,
             "store_vote": store_vote,
@@ -125,27 +80,6 @@ def run_8bit(q, k, v, mask, seed, *, threshold=None, **replace):
         },
     )
     return out, lse + DIM**-0.5 * pair.shift, vote.bool(), mass, redone.count
-
-
-def make(seed, spread):
-    """Inputs whose logits have that standard deviation, with an empty row of blocks."""
-    g = torch.Generator().manual_seed(seed)
-    batch, heads, seq_q, seq_k = 1, 2, 300, 700
-    q, k, v = (
-        torch.randn(batch, s, heads, DIM, generator=g).bfloat16() for s in (seq_q, seq_k, seq_k)
-    )
-    keep = torch.rand(batch, heads, 3, 6, generator=g) < 0.7
-    keep[0, 1, 1] = False
-    return q * spread, k, v, BlockMask.from_dense(keep, (128, 128), (seq_q, seq_k))
-
-
-def errors(out, lse, q, k, v, mask):
-    want, want_lse, *_ = reference(
-        q.double(), k.double(), v.double(), mask, scale=DIM**-0.5, want_lse=True
-    )
-    finite = want_lse.isfinite()
-    assert torch.equal(finite, lse.isfinite())
-    return (out - want).norm() / want.norm(), (lse - want_lse)[finite].abs().max()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -164,7 +98,7 @@ def test_attention_under_maxima_that_move_late(seed, spread, limit):
 
 def test_a_tile_that_is_not_done_again_is_noticed():
     q, k, v, mask = make(0, 60.0)
-    out, lse, *_ = run_8bit(q, k, v, mask, 0, _are_beyond=lambda *_: 0)
+    out, lse, *_ = run_8bit(q, k, v, mask, 0, are_beyond=lambda *_: 0)
     assert not out.isfinite().all()
     assert not lse.isfinite()[0, 0].all()
 

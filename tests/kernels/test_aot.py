@@ -27,8 +27,8 @@ def assert_sound(kernel):
         assert kernel["registers"] == 80, "two programs share the registers of a multiprocessor"
         assert kernel["stack_bytes"] == 0, kernel
         # ptxas would end every single product before the next if it were short of registers.
-        assert kernel["waits"] == 8, (
-            "two of each of S and PV in both warpgroups, none inside a product"
+        assert kernel["waits"] == 10, (
+            "two of each of S and PV in both warpgroups and S made again, none inside a product"
         )
         assert kernel["shared_bytes"] <= (228 // 2 - 1) * 1024, "two programs a multiprocessor"
     elif name.startswith("hopper"):
@@ -43,22 +43,21 @@ def assert_sound(kernel):
             "the softmax does not hide PV"
         )
         if "int8" not in name and "pairs" not in name:
-            # The maxima of a thread's two rows over its quad.  At head size 64 nothing hides what else waits there.
-            assert kernel["detours"] == [4, 4], "by-products hold up the softmax"
-        if "int8" in name:
-            assert kernel["waits"] == 8, "ptxas has serialised products"
-        if "int8" in name and "fp8" not in name:
+            # The vote whether a warp must do the tile again, and the maxima of a thread's two rows over its quad for what
+            # is voted on blocks.  At head size 64 nothing hides what else waits there.
+            most = 5 if "byproducts" in name else 1
+            assert max(kernel["detours"]) <= most, "by-products hold up the softmax"
+        each = 32 if " D64 " in name else 64  # a thread has half a row of the output
+        if "wide" in name:
+            # Only what both rows want has no running maximum: jumps before, between and after.
+            assert kernel["jumped_multiplications"] == [each] * 6, kernel
+        elif "fp8" not in name:
             # What does a tile again, once in each warpgroup: the output under another maximum, beside little else.
             assert len(kernel["jumped_multiplications"]) == 2, kernel
-            assert min(kernel["jumped_multiplications"]) >= 64, kernel
-            assert max(kernel["jumped_multiplications"]) < 96, kernel
-        elif "fp8" not in name:
-            # A thread has half a row of the output: in the loop of each warpgroup, and once more after it.
-            each = 32 if " D64 " in name else 64
-            # The wide kernel has them once more before and after what both rows want.
-            times = 8 if "wide" in name else 4
-            assert kernel["jumped_multiplications"] == [each] * times, kernel
-            assert kernel["waits"] == 2 * times, "ptxas has serialised products"
+            assert min(kernel["jumped_multiplications"]) >= each, kernel
+            assert max(kernel["jumped_multiplications"]) < 1.5 * each, kernel
+        # S twice and PV twice in both warpgroups; the wide kernel has blocks of one row alone besides, and makes S again
+        assert kernel["waits"] == (18 if "wide" in name else 8), "ptxas has serialised products"
     elif name.startswith("mass"):
         assert kernel["registers"] == 96, "five warpgroups' register budget starts from 96"
         # Set aside between rows; none of it in the loop

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton.experimental.gluon")
 
 from gluon_emulator import Deadlock, Descriptor, Pointer, mbarrier, run_kernel
+from moving_maxima import Redone, errors
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsediff.block_mask import BlockMask
@@ -159,6 +160,23 @@ def test_lists_far_longer_than_the_ring(agreement):
     for seed in range(4):
         for form in sorted(FORMS):
             assert_right(*run_pairs(q, k, v, mask, form=form, seed=seed), q, k, v, mask)
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("agreement", [0.0, 0.5, 1.0])
+def test_maxima_that_move_late_and_far(form, agreement):
+    """Blocks are done again under another maximum, and what is not done again is noticed."""
+    q, k, v, mask = make(7, 1, 2, 256, 1000, 0.7, agreement)
+    q *= 40
+    redone = Redone()
+    got = run_pairs(q, k, v, mask, form=form, seed=7, replace={"are_beyond": redone})
+    assert redone.count > 0 or (form.wide and agreement == 0)
+    out, lse = errors(*got, q, k, v, mask)
+    assert out < 0.01
+    assert lse < 1e-3
+    if redone.count > 0:
+        got = run_pairs(q, k, v, mask, form=form, seed=7, replace={"are_beyond": lambda *_: 0})
+        assert not got[0].isfinite().all()
 
 
 def test_interleavings_change_no_bits():

@@ -364,6 +364,10 @@ def assembly(code, on=1):
         role.pause(lambda: machine.generation[number] > generation, f"named barrier {number}")
 
 
+def _times_rows(b_x, b_alpha):
+    return b_x * b_alpha[:, None]
+
+
 def _tensor(x):
     return torch.as_tensor(x)
 
@@ -465,7 +469,10 @@ class _Emulation:
             "warpgroup_mma_wait": warpgroup_mma_wait,
             "fence_async_shared": lambda: None,
             "assembly": assembly,
-            "rescale": lambda b_o, b_alpha: b_o * b_alpha[:, None],
+            "rescale": _times_rows,
+            "times_rows": _times_rows,
+            "pack_pairs": lambda b_p, dtype: b_p.to(dtype),
+            "are_beyond": lambda b_parts, *_: int((b_parts > 4096).any()),
             "log2": torch.log2,
             "_turn": lambda on, code: assembly(code, on),
             "__builtins__": __builtins__,
