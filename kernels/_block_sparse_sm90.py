@@ -60,6 +60,7 @@ from sparsediff.kernels._hopper import (
     store_votes,
     take_over,
     take_turn,
+    thread_maxima,
     thread_sums,
     times_rows,
     visible_keys,
@@ -72,6 +73,13 @@ def _scores(b_q, k_buffer, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT:
     k_smem = k_buffer.reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
     b_start = gl.zeros([64, BLOCK_N], gl.float32, LAYOUT)
     return warpgroup_mma(b_q, k_smem, b_start, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _maxima(b_tops, b_m, LAYOUT: gl.constexpr):
+    """Row maxima of scores from those of probabilities under `b_m`, or 126 below it where they underflow."""
+    b_top = gl.convert_layout(gl.max(b_tops, 1), LAYOUT)
+    return b_m + gl.maximum(log2(b_top), -126.0)
 
 
 @gluon.jit
@@ -181,6 +189,8 @@ def _consumer(
         b_p = gl.exp2(b_s * qk_scale - b_shift[:, None])
         b_parts = thread_sums(b_p)
         b_all_parts = b_parts
+        if WITH_VOTE:
+            b_tops = thread_maxima(b_p)
         if WITH_MASS:
             i_space = (gl.program_id(0) * 2 + (rows & 1)).to(gl.int64)
             p_space = space_ptr + i_space * (kv_blocks + 1) * MASS_WIDTH
@@ -198,10 +208,14 @@ def _consumer(
             stage = turn % RING
             take_turn(GROUP)
             b_s = _scores(b_q, k_bufs.index(stage), BLOCK_N, BLOCK_D, S_LAYOUT)
-            if WITH_VOTE and (j & 31) == 0:
-                store_votes(b_votes, b_entries, vote_row)
-                b_entries = load_entries(p_list, count - 1 - j, ROW_S)
-                b_votes = gl.zeros([64], gl.int32, ROW_S)
+            if WITH_VOTE:
+                b_top = _maxima(b_tops, b_m, ROW_S)
+                b_votes = gather_votes(b_votes, b_top, b_bar, j - 1)
+                b_bar = gl.maximum(b_bar, b_top + b_threshold)
+                if (j & 31) == 0:
+                    store_votes(b_votes, b_entries, vote_row)
+                    b_entries = load_entries(p_list, count - 1 - j, ROW_S)
+                    b_votes = gl.zeros([64], gl.int32, ROW_S)
             if WITH_MASS:
                 leave_mass(b_left, gl.convert_layout(gl.sum(b_parts, 1), ROW_S), b_m)
                 b_left += MASS_WIDTH * 4
@@ -215,9 +229,7 @@ def _consumer(
             # The scores stay for doing it again: there is no room for probabilities in 32 bits beside them.
             b_pd_next = gl.convert_layout(pack_pairs(b_p, DTYPE), P_LAYOUT)
             if WITH_VOTE:
-                b_top = gl.max(b_s, 1) * qk_scale
-                b_votes = gather_votes(b_votes, b_top, b_bar, j)
-                b_bar = gl.maximum(b_bar, b_top + b_threshold)
+                b_tops = thread_maxima(b_p)
             # Asked here: ptxas sinks exponentials past the next wait if nothing before it needs them.
             beyond = are_beyond(b_parts, GROUP, True)
             turn += 1
@@ -229,6 +241,8 @@ def _consumer(
                 b_m_new = gl.maximum(b_m, gl.max(b_s, 1) * qk_scale)
                 b_p = gl.exp2(b_s * qk_scale - b_m_new[:, None])
                 b_parts = thread_sums(b_p)
+                if WITH_VOTE:
+                    b_tops = thread_maxima(b_p)
                 b_alpha = gl.exp2(b_m - b_m_new)
                 b_o = times_rows(b_o, b_alpha)
                 b_all_parts = times_rows(b_all_parts, b_alpha)
@@ -239,6 +253,7 @@ def _consumer(
         if not (Q_IN_REGISTERS or ALIAS):
             mbarrier.arrive(q_empty.index(GROUP), count=1)
         if WITH_VOTE:
+            b_votes = gather_votes(b_votes, _maxima(b_tops, b_m, ROW_S), b_bar, count - 1)
             store_votes(b_votes, b_entries, vote_row)
         b_l = gl.convert_layout(gl.sum(b_all_parts, 1), ROW_S)
         b_o = warpgroup_mma(

@@ -65,6 +65,15 @@ def thread_sums(b_p):
 
 
 @gluon.jit
+def thread_maxima(b_p):
+    """Maxima `[64, 4]` of what `thread_sums` sums.  Numbers from 0 on are ordered as their bits are, and integers take half
+    of the instructions: there is one for three of them."""
+    b_x = b_p.to(gl.int32, bitcast=True).reshape([64, b_p.shape[1] // 8, 4, 2])
+    b_x = b_x.permute((0, 2, 1, 3)).reshape([64, 4, b_p.shape[1] // 4])
+    return gl.max(b_x, 2).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
 def lazy_maximum(b_m, b_top):
     """What rows of scores are exponentiated under, after a tile with the maxima `b_top`; any number serves that is near."""
     return gl.where(b_top > b_m + LAZY_GAP, b_top, b_m)
