@@ -64,9 +64,15 @@ def attend_8bit(
     num_rows = len(call.counts)
     if num_rows == 0:
         return call[:4]
-    pair = quantize_pair(query, key, block_n)
+    pair = quantize_pair(
+        query,
+        key,
+        block_n,
+        with_shift=want_lse or lse_prev is not None,
+        with_error=vote_threshold is not None,
+    )
     # Read from the inputs rather than taken from the kernel's logits, which lack it.
-    shift = scale * pair.shift if want_lse or lse_prev is not None else None
+    shift = None if pair.shift is None else scale * pair.shift
     norm = None if lse_prev is None else lse_prev - shift
     if fp8_pv:
         values = quantize_values(value, block_n)
@@ -92,7 +98,7 @@ def attend_8bit(
         pair.query_scale,
         pair.key_scale,
         v_scale,
-        pair.error,
+        pair.query_scale if pair.error is None else pair.error,
         *call.lists.stride()[:2],
         # numbers
         scale,

@@ -27,9 +27,11 @@ from sparsediff.kernels._block_bitmap_fwd import pack_rows
 from sparsediff.kernels._block_lists_fwd import compact_rows
 from sparsediff.kernels._block_pairs_fwd import pair_rows
 from sparsediff.kernels._block_sparse_fwd import block_sparse_fwd
+from sparsediff.kernels._quantize_fwd import quantize_pair, quantize_values
 from sparsediff.kernels._token_order_fwd import gather_rows
 from sparsediff.kernels.block_lists import Visits
 from sparsediff.kernels.block_pairs import FIELD
+from sparsediff.kernels.quantize import PAIR_OPTIONS, QUERY_BLOCK, VALUES_OPTIONS
 from sparsediff.kernels.token_order import TILE_BYTES
 from sparsediff.kernels.tuning import (
     PairForm,
@@ -172,6 +174,35 @@ def pair_joining(arch: str) -> Compiled:
     constants = {"HAS_LENGTHS": True, "BLOCK_N": 64, "FIELD": FIELD, "CHUNK": 1024}
     return compile_kernel(
         "lists of pairs", arch, pair_rows, pointers, constants, list(pointers), {"num_warps": 4}
+    )
+
+
+def pair_quantizing(arch: str, *, shift: bool, norms: bool) -> Compiled:
+    """Compile the kernel that makes 8 bits of queries and keys; `norms` are for votes."""
+    names = quantize_pair.arg_names
+    pointers = {n: "*fp32" for n in names if n.endswith("_ptr")}
+    pointers |= {"q_ptr": "*bf16", "k_ptr": "*bf16", "q8_ptr": "*i8", "k8_ptr": "*i8"}
+    constants = {
+        "Q_BLOCK": QUERY_BLOCK,
+        "K_BLOCK": 128,
+        "HEAD_DIM": 128,
+        "BLOCK_D": 128,
+        "WITH_SHIFT": shift,
+        "WITH_NORMS": norms,
+    }
+    aligned = [n for n in names if n.startswith("stride_") or n in pointers]
+    name = _named("quantise pair bf16", shift=shift, norms=norms)
+    return compile_kernel(name, arch, quantize_pair, pointers, constants, aligned, PAIR_OPTIONS)
+
+
+def values_quantizing(arch: str) -> Compiled:
+    """Compile the kernel that makes 8 bits of values."""
+    names = quantize_values.arg_names
+    pointers = {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "top_ptr": "*fp32"}
+    constants = {"BLOCK": 128, "HEAD_DIM": 128}
+    aligned = [n for n in names if n.startswith("stride_") or n in pointers]
+    return compile_kernel(
+        "quantise values bf16", arch, quantize_values, pointers, constants, aligned, VALUES_OPTIONS
     )
 
 
@@ -471,6 +502,9 @@ def every_kernel(arch: str) -> Iterator[Compiled]:
         for fp8_pv, byproducts in product((False, True), (False, True)):
             yield hopper_8bit("bf16", fp8_pv=fp8_pv, byproducts=byproducts)
         yield hopper_8bit("fp16", fp8_pv=False, byproducts=False)  # packs by another instruction
+        for shift, norms in product((False, True), (False, True)):
+            yield pair_quantizing(arch, shift=shift, norms=norms)
+        yield values_quantizing(arch)
         for head_dim, block, own_lse in product((64, 128), (64, 128), (False, True)):
             yield hopper_mass("bf16", head_dim, (block, block), own_lse=own_lse)
         for own_lse in (False, True):
@@ -502,6 +536,7 @@ def few_kernels(arch: str) -> Iterator[Compiled]:
         yield hopper_attention("bf16", 64, 128, byproducts=True)
         yield hopper_pairs("bf16", 128)
         yield hopper_8bit("bf16", fp8_pv=True, byproducts=True)
+        yield pair_quantizing(arch, shift=False, norms=False)
         yield hopper_mass("bf16", 128, (128, 128), own_lse=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -138,35 +139,43 @@ def check_moving_maxima() -> Iterator[dict]:
 
 
 def check_quantizers() -> Iterator[dict]:
-    """The quantising kernels against plain torch."""
-    for seq in (1, 127, 1000, 9000):
+    """The quantising kernels against plain torch, on lengths around blocks and their parts."""
+    for seq in (1, 63, 64, 127, 1000, 4097, 9000):
         q, k, v = make_inputs((2, 3, seq, 128), seed=seq)
         make_outliers(q, k, v)
-        got, want = (
-            f(q, k, 128) for f in (quantize.quantize_pair_triton, quantize.quantize_pair_reference)
-        )
-        steps = max(
-            (a.int() - b.int()).abs().max().item() for a, b in zip(got[:2], want[:2], strict=True)
-        )
-        other = max(
-            ((a - b).abs() / (1e-3 + b.abs())).max().item()
-            for a, b in zip(got[2:], want[2:], strict=True)
-        )
-        yield {
-            "kind": "check",
-            "what": "quantise query and key",
-            "seq": seq,
-            # A number on the edge between two steps may fall on either side.
-            "ok": steps <= 1 and other < 1e-2,
-            "steps": steps,
-            "error": other,
-        }
-        got, want = (
-            f(v, 128) for f in (quantize.quantize_values_triton, quantize.quantize_values_reference)
-        )
+        for flags in product((False, True), (False, True)):
+            yield {**check_pair(q[:, : seq // 2 + 1], k, *flags), "seq": seq}
+        with poisoned_memory():
+            got = quantize.quantize_values_triton(v, 128)
+        want = quantize.quantize_values_reference(v, 128)
         same = (got.value.view(torch.uint8) == want.value.view(torch.uint8)).float().mean().item()
         good = same > 0.999 and torch.allclose(got.scale, want.scale, rtol=1e-5, atol=1e-5)
         yield {"kind": "check", "what": "quantise values", "seq": seq, "ok": good, "same": same}
+
+
+def check_pair(q: Tensor, k: Tensor, with_shift: bool, with_error: bool) -> dict:
+    """The kernel for queries and keys against plain torch, in one form."""
+    flags = {"with_shift": with_shift, "with_error": with_error}
+    with poisoned_memory():
+        got = quantize.quantize_pair_triton(q, k, 128, **flags)
+    want = quantize.quantize_pair_reference(q, k, 128, **flags)
+    # A number on the edge between two steps may fall on either side.
+    steps = max(
+        (a.int() - b.int()).abs().max().item() for a, b in zip(got[:2], want[:2], strict=True)
+    )
+    others = [(a, b) for a, b in zip(got[2:], want[2:], strict=True) if b is not None]
+    # A shift may be a small difference of large products.
+    error = max(((a - b).abs() / (b.abs() + 1e-2 * b.abs().max())).max().item() for a, b in others)
+    finite = all(bool(a.isfinite().all()) for a, _ in others)
+    asked = [got.shift is not None, got.error is not None] == [with_shift, with_error]
+    return {
+        "kind": "check",
+        "what": "quantise query and key",
+        **flags,
+        "ok": steps <= 1 and error < 1e-3 and finite and asked,
+        "steps": steps,
+        "error": error,
+    }
 
 
 def time_8bit() -> Iterator[dict]:
@@ -189,7 +198,14 @@ def time_8bit() -> Iterator[dict]:
                     "speedup": round(ms["gluon"] / each, 3),
                 }
         for what, run in (
-            ("quantise query and key", partial(quantize.quantize_pair, q, k, 128)),
+            (
+                "quantise query and key",
+                partial(quantize.quantize_pair, q, k, 128, with_shift=False, with_error=False),
+            ),
+            (
+                "quantise query and key, with shift and error",
+                partial(quantize.quantize_pair, q, k, 128),
+            ),
             ("quantise values", partial(quantize.quantize_values, v, 128)),
         ):
             yield {

@@ -14,11 +14,17 @@ import torch
 from torch import Tensor
 
 from sparsediff.kernels.block_scores import block_means
+from sparsediff.kernels.launcher import aligned, launch_kernel
 
 MEAN_TOKENS = 4096  # at least as many keys make the mean, where there are as many
+MEAN_BLOCK = 64  # tokens of the sample that are summed together
 # Position of a token among 32 in transposed values: the order in which a thread of the tensor cores holds its
 # probabilities, four to a register.  Position p holds token PV_ORDER[p].
 PV_ORDER = tuple(16 * (p // 16) + 8 * (p // 2 % 2) + 2 * (p // 4 % 4) + p % 2 for p in range(32))
+QUERY_BLOCK = 128  # tokens a program
+# Three programs share a multiprocessor: while one computes, two have their loads under way.
+PAIR_OPTIONS = {"num_warps": 8, "maxnreg": 80}
+VALUES_OPTIONS = {"num_warps": 4}
 P_BITS = 8  # probabilities reach 2**8 in e4m3, whose largest number is 448
 
 
@@ -30,17 +36,18 @@ class QuantizedPair(NamedTuple):
         key: `int8 [B, Sk, H, D]`, without its mean.
         query_scale: `float32 [B, H, Sq]`.
         key_scale: `float32 [B, H, Nk]`.
-        shift: `float32 [B, H, Sq]`, query times the key mean: what every logit of a query lacks before scaling.
+        shift: `float32 [B, H, Sq]`, query times the key mean: what every logit of a query lacks before scaling; None if
+            not asked for.
         error: `float32 [B, H, Sq]`, standard error of a query's logits before scaling, if rounding is as random as it
-            looks.
+            looks; None if not asked for.
     """
 
     query: Tensor
     key: Tensor
     query_scale: Tensor
     key_scale: Tensor
-    shift: Tensor
-    error: Tensor
+    shift: Tensor | None
+    error: Tensor | None
 
 
 class QuantizedValues(NamedTuple):
@@ -56,13 +63,12 @@ class QuantizedValues(NamedTuple):
     scale: Tensor
 
 
-def quantize_pair(query: Tensor, key: Tensor, key_block: int) -> QuantizedPair:
-    """Quantise `[B, S, H, D]` query and key; on CUDA one pass over each."""
-    return (
-        quantize_pair_triton(query, key, key_block)
-        if query.is_cuda
-        else quantize_pair_reference(query, key, key_block)
-    )
+def quantize_pair(
+    query: Tensor, key: Tensor, key_block: int, *, with_shift: bool = True, with_error: bool = True
+) -> QuantizedPair:
+    """Quantise `[B, S, H, D]` query and key; on CUDA one pass over both."""
+    run = quantize_pair_triton if query.is_cuda else quantize_pair_reference
+    return run(query, key, key_block, with_shift=with_shift, with_error=with_error)
 
 
 def quantize_values(value: Tensor, block: int) -> QuantizedValues:
@@ -74,11 +80,12 @@ def quantize_values(value: Tensor, block: int) -> QuantizedValues:
 # -- references -----------------------------------------------------------------------------------------------------
 
 
-def quantize_pair_reference(query: Tensor, key: Tensor, key_block: int) -> QuantizedPair:
+def quantize_pair_reference(
+    query: Tensor, key: Tensor, key_block: int, *, with_shift: bool = True, with_error: bool = True
+) -> QuantizedPair:
     """`quantize_pair` in plain torch."""
     q, k = (x.float().transpose(1, 2) for x in (query, key))  # [B, H, S, D]
     mean = _sample(key).float().mean(1)[:, :, None]
-    shift = (q * mean).sum(-1)
     q_scale = q.abs().amax(-1).clamp_min(1e-6) / 127
     k = k - mean
     padded = torch.nn.functional.pad(k, (0, 0, 0, -k.shape[2] % key_block)).unflatten(
@@ -87,16 +94,13 @@ def quantize_pair_reference(query: Tensor, key: Tensor, key_block: int) -> Quant
     k_scale = padded.abs().amax((-1, -2)).clamp_min(1e-6) / 127
     spread = k_scale.repeat_interleave(key_block, -1)[..., : k.shape[2], None]
     q8, k8 = (q / q_scale[..., None]).round().to(torch.int8), (k / spread).round().to(torch.int8)
-    from_query = q_scale * k.norm(dim=-1).amax(-1, keepdim=True)
-    from_key = k_scale.amax(-1, keepdim=True) * q.norm(dim=-1)
-    error = ((from_query.square() + from_key.square()) / 12).sqrt()
     return QuantizedPair(
         q8.transpose(1, 2).contiguous(),
         k8.transpose(1, 2).contiguous(),
         q_scale,
         k_scale,
-        shift,
-        error,
+        (q * mean).sum(-1) if with_shift else None,
+        _standard_error(q_scale, q.norm(dim=-1), k_scale, k.norm(dim=-1)) if with_error else None,
     )
 
 
@@ -113,33 +117,64 @@ def quantize_values_reference(value: Tensor, block: int) -> QuantizedValues:
 # -- launchers ------------------------------------------------------------------------------------------------------
 
 
-def quantize_pair_triton(query: Tensor, key: Tensor, key_block: int) -> QuantizedPair:
-    """`quantize_pair` by kernels."""
-    from sparsediff.kernels._quantize_fwd import quantize_keys, quantize_queries
+def quantize_pair_triton(
+    query: Tensor, key: Tensor, key_block: int, *, with_shift: bool = True, with_error: bool = True
+) -> QuantizedPair:
+    """`quantize_pair` by a kernel."""
+    from sparsediff.kernels import _quantize_fwd
 
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
-    batch, seq_q, heads, dim = query.shape
-    seq_k = key.shape[1]
-    device, blocks, width = key.device, -(-seq_k // key_block), 1 << (dim - 1).bit_length()
-    sample = _sample(key)
-    tokens = sample.shape[1] - torch.arange(
-        0, sample.shape[1], 64, device=device, dtype=torch.float32
-    )
-    mean = (block_means(sample, 64) * tokens.clamp(max=64)[:, None]).sum(2) / sample.shape[1]
-    q8, k8 = (torch.empty(x.shape, dtype=torch.int8, device=device) for x in (query, key))
-    k_scale, k_norm = (torch.empty(batch, heads, blocks, device=device) for _ in range(2))
-    q_scale, shift, error = (torch.empty(batch, heads, seq_q, device=device) for _ in range(3))
-    if k8.numel():
-        quantize_keys[(batch * heads, blocks)](
-            key, mean, k8, k_scale, k_norm, *key.stride()[:3], heads, seq_k, blocks,
-            BLOCK=key_block, HEAD_DIM=dim, BLOCK_D=width, num_warps=4,
-        )  # fmt: skip
-    if q8.numel():
-        quantize_queries[(batch * heads, -(-seq_q // 32))](
-            query, mean, k_norm.amax(-1), k_scale.amax(-1), q8, q_scale, shift, error,
-            *query.stride()[:3], heads, seq_q,
-            BLOCK=32, HEAD_DIM=dim, BLOCK_D=width, num_warps=4,
-        )  # fmt: skip
+    (batch, seq_q, heads, dim), seq_k = query.shape, key.shape[1]
+    blocks = -(-seq_k // key_block)
+    mean = block_means(_sample(key), MEAN_BLOCK).mean(2)
+    q8, k8 = (torch.empty(x.shape, dtype=torch.int8, device=x.device) for x in (query, key))
+
+    def room(tokens: int, wanted: bool = True) -> Tensor | None:
+        return torch.empty(batch, heads, tokens, device=query.device) if wanted else None
+
+    q_scale, k_scale, shift = room(seq_q), room(blocks), room(seq_q, with_shift)
+    q_norm, k_norm = room(seq_q, with_error), room(blocks, with_error)
+    if q8.numel() + k8.numel():
+        launch_kernel(
+            _quantize_fwd.quantize_pair,
+            (batch * heads, blocks + -(-seq_q // QUERY_BLOCK)),
+            (
+                (
+                    query.device,
+                    query.dtype,
+                    query.stride(),
+                    key.dtype,
+                    key.stride(),
+                    dim,
+                    key_block,
+                ),
+                (with_shift, with_error, aligned(query, key)),
+            ),
+            (
+                query,
+                key,
+                mean,
+                q8,
+                k8,
+                q_scale,
+                k_scale,
+                *(mean if x is None else x for x in (shift, q_norm, k_norm)),
+                *query.stride()[:3],
+                *key.stride()[:3],
+                heads,
+                seq_q,
+                seq_k,
+                blocks,
+            ),
+            Q_BLOCK=QUERY_BLOCK,
+            K_BLOCK=key_block,
+            HEAD_DIM=dim,
+            BLOCK_D=1 << (dim - 1).bit_length(),
+            WITH_SHIFT=with_shift,
+            WITH_NORMS=with_error,
+            **PAIR_OPTIONS,
+        )
+    error = _standard_error(q_scale, q_norm, k_scale, k_norm) if with_error else None
     return QuantizedPair(q8, k8, q_scale, k_scale, shift, error)
 
 
@@ -155,13 +190,24 @@ def quantize_values_triton(value: Tensor, block: int) -> QuantizedValues:
     if v8.numel():
         _quantize_fwd.quantize_values[(batch * heads, blocks)](
             value, v8, top, *value.stride()[:3], heads, seq, blocks,
-            BLOCK=block, HEAD_DIM=dim, num_warps=4,
+            BLOCK=block, HEAD_DIM=dim, **VALUES_OPTIONS,
         )  # fmt: skip
     return QuantizedValues(v8, _value_scale(top))
 
 
 def _sample(key: Tensor) -> Tensor:
-    return key[:, :: max(1, key.shape[1] // MEAN_TOKENS)]
+    """Keys that make the mean: whole `MEAN_BLOCK`s, so that all block means weigh the same, or one that is not whole."""
+    key = key[:, :: max(1, key.shape[1] // MEAN_TOKENS)]
+    tokens = key.shape[1]
+    return key[:, : max(tokens // MEAN_BLOCK * MEAN_BLOCK, min(tokens, MEAN_BLOCK))]
+
+
+def _standard_error(q_scale: Tensor, q_norm: Tensor, k_scale: Tensor, k_norm: Tensor) -> Tensor:
+    """`QuantizedPair.error` from the scales and norms of query tokens, and those of key blocks or tokens."""
+    step_error = 12**-0.5  # of rounding, in steps
+    from_query = q_scale * (step_error * k_norm.amax(-1, keepdim=True))
+    from_key = q_norm * (step_error * k_scale.amax(-1, keepdim=True))
+    return torch.hypot(from_query, from_key)
 
 
 def _value_scale(top: Tensor) -> Tensor:
