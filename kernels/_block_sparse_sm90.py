@@ -16,10 +16,8 @@ exponentials past the wait and nothing overlaps PV.  `tests/kernels/test_aot.py`
 At a head size of 128 with key blocks of 128, scores, output and two sets of probabilities leave no registers for the
 queries, which products then read from shared memory.
 
-With a head size of 64 neither tensor cores nor exponentials are the limit but the way of a warpgroup from its scores to
-its next turn.  What need not be on it waits for the next tile's first product: the shuffles of mass, votes.
-
-The vote is held against the true running maximum, off that way.  Votes gather as bits of a register, a bit a tile.
+What by-products need beside sums and maxima stands under the next tile's first product: the shuffles of mass, votes.
+The vote is held against the true running maximum.  Votes gather as bits of a register, a bit a tile.
 
 With `WITH_MASS` every row of every tile leaves the logarithm of its sum in a workspace that belongs to the program, and
 the finished row of blocks turns them into mass: `exp(log sum - log-sum-exp)`, summed over rows in a fixed order.
@@ -208,21 +206,26 @@ def _consumer(
             stage = turn % RING
             take_turn(GROUP)
             b_s = _scores(b_q, k_bufs.index(stage), BLOCK_N, BLOCK_D, S_LAYOUT)
-            if WITH_VOTE:
-                b_top = _maxima(b_tops, b_m, ROW_S)
-                b_votes = gather_votes(b_votes, b_top, b_bar, j - 1)
-                b_bar = gl.maximum(b_bar, b_top + b_threshold)
-                if (j & 31) == 0:
-                    store_votes(b_votes, b_entries, vote_row)
-                    b_entries = load_entries(p_list, count - 1 - j, ROW_S)
-                    b_votes = gl.zeros([64], gl.int32, ROW_S)
-            if WITH_MASS:
-                leave_mass(b_left, gl.convert_layout(gl.sum(b_parts, 1), ROW_S), b_m)
-                b_left += MASS_WIDTH * 4
             b_o = warpgroup_mma(
                 b_pd, v_bufs.index(stage).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
             )
             pass_turn(GROUP)
+            if WITH_VOTE or WITH_MASS:
+                # Under the first product.  ptxas would put it before or behind that but for basic blocks of its own: what
+                # is waited for here is there already.
+                mbarrier.wait(full.index(stage), (turn // RING) & 1)
+                if WITH_MASS:
+                    leave_mass(b_left, gl.convert_layout(gl.sum(b_parts, 1), ROW_S), b_m)
+                    b_left += MASS_WIDTH * 4
+                if WITH_VOTE:
+                    b_top = _maxima(b_tops, b_m, ROW_S)
+                    b_votes = gather_votes(b_votes, b_top, b_bar, j - 1)
+                    b_bar = gl.maximum(b_bar, b_top + b_threshold)
+                    if (j & 31) == 0:
+                        store_votes(b_votes, b_entries, vote_row)
+                        b_entries = load_entries(p_list, count - 1 - j, ROW_S)
+                        b_votes = gl.zeros([64], gl.int32, ROW_S)
+                mbarrier.wait(full.index(stage), (turn // RING) & 1)
             b_s = warpgroup_mma_wait(1, deps=(b_s,))
             b_p = gl.exp2(b_s * qk_scale - b_m[:, None])
             b_parts = thread_sums(b_p)
@@ -231,7 +234,10 @@ def _consumer(
             if WITH_VOTE:
                 b_tops = thread_maxima(b_p)
             # Asked here: ptxas sinks exponentials past the next wait if nothing before it needs them.
-            beyond = are_beyond(b_parts, GROUP, True)
+            if WITH_VOTE:
+                beyond = are_beyond(b_parts, GROUP, True, b_tops)
+            else:
+                beyond = are_beyond(b_parts, GROUP, True)
             turn += 1
             mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
             b_o = warpgroup_mma_wait(0, deps=(b_o,))

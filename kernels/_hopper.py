@@ -89,10 +89,19 @@ def _voting(group: int, ending: str) -> gl.constexpr:
     )
 
 
-WARP_VOTE_0 = _voting(0, "vote.sync.any.pred p, p, 0xffffffff;")
-WARP_VOTE_1 = _voting(1, "vote.sync.any.pred p, p, 0xffffffff;")
-GROUP_VOTE_0 = _voting(0, "bar.red.or.pred p, 12, 128, p;")
-GROUP_VOTE_1 = _voting(1, "bar.red.or.pred p, 13, 128, p;")
+def _reading(group: int) -> gl.constexpr:
+    return gl.constexpr(f"mov.b32 $0, beyond{group};")
+
+
+_IN_WARP = "vote.sync.any.pred p, p, 0xffffffff;"
+# Nothing is beyond infinity.
+_HOLD = "setp.gt.or.f32 p, $4, 0f7F800000, p; setp.gt.or.f32 p, $5, 0f7F800000, p;"
+WARP_VOTE_0, WARP_VOTE_1 = (_voting(group, _IN_WARP) for group in range(2))
+HOLDING_VOTE_0, HOLDING_VOTE_1 = (_voting(group, _HOLD + _IN_WARP) for group in range(2))
+GROUP_VOTE_0, GROUP_VOTE_1 = (
+    _voting(group, f"bar.red.or.pred p, {12 + group}, 128, p;") for group in range(2)
+)
+BEYOND_0, BEYOND_1 = _reading(0), _reading(1)
 
 
 @gluon.jit
@@ -105,37 +114,45 @@ def declare_beyond(GROUP: gl.constexpr):
 
 
 @gluon.jit
-def are_beyond(b_parts, GROUP: gl.constexpr, BY_WARP: gl.constexpr):
+def are_beyond(b_parts, GROUP: gl.constexpr, BY_WARP: gl.constexpr, b_held=None):
     """Whether any part of a sum is beyond 2**12 (NaN is not): in this warp, or else in the whole warpgroup.
 
     That leaves single probabilities far below what fp16 can hold, and an exponential that has overflown is beyond.
     Only a register that `declare_beyond` declares can hold a number that differs from warp to warp: Triton makes one
     number of a tensor in shared memory, where all warps of a warpgroup meet.
+
+    By warps, `b_held` of the same shape is computed before the answer: ptxas would sink it behind the next wait.
     """
-    if GROUP == 0:
+    if b_held is not None:
         gl.inline_asm_elementwise(
-            WARP_VOTE_0 if BY_WARP else GROUP_VOTE_0,
+            HOLDING_VOTE_0 if GROUP == 0 else HOLDING_VOTE_1,
+            "=r,=r,f,f,f,f",
+            [b_parts, b_held],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=2,
+        )
+    elif BY_WARP:
+        gl.inline_asm_elementwise(
+            WARP_VOTE_0 if GROUP == 0 else WARP_VOTE_1,
             "=r,=r,f,f",
             [b_parts],
             dtype=gl.int32,
             is_pure=False,
             pack=2,
-        )
-        return gl.inline_asm_elementwise(
-            "mov.b32 $0, beyond0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
         )
     else:
         gl.inline_asm_elementwise(
-            WARP_VOTE_1 if BY_WARP else GROUP_VOTE_1,
+            GROUP_VOTE_0 if GROUP == 0 else GROUP_VOTE_1,
             "=r,=r,f,f",
             [b_parts],
             dtype=gl.int32,
             is_pure=False,
             pack=2,
         )
-        return gl.inline_asm_elementwise(
-            "mov.b32 $0, beyond1;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
+    return gl.inline_asm_elementwise(
+        BEYOND_0 if GROUP == 0 else BEYOND_1, "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -368,19 +385,23 @@ def leave_norm(b_left, b_lse, o_m, seq_q):
 
 @gluon.jit
 def store_mass(p_space, p_mass, p_list, count, GROUP: gl.constexpr):
-    """Mass of a finished row of blocks: the warpgroups take every other chunk of its list.
+    """Add what this warpgroup's rows say of the mass of a finished row of blocks, which is 0 before.
 
-    Rows of blocks use two workspaces in turn, so that nobody writes what the other warpgroup still reads.
+    Two numbers have one sum, whoever comes first.  Rows of blocks use two workspaces in turn, so that no warp writes what
+    another one still reads.
     """
     CHUNK: gl.constexpr = 64
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
-    assembly("bar.sync 11, 256; mov.u32 $0, 0;")
-    o_j = GROUP * CHUNK + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, LAYOUT))
-    for _ in range(GROUP * CHUNK, count, 2 * CHUNK):
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    if GROUP == 0:
+        assembly("bar.sync 11, 128; mov.u32 $0, 0;")
+    else:
+        assembly("bar.sync 14, 128; mov.u32 $0, 0;")
+    o_j = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, LAYOUT))
+    for _ in range(0, count, CHUNK):
         o_n = gl.load(p_list + (count - 1 - o_j), mask=o_j < count, other=0)
-        b_mass = sum_rows(p_space, o_j, count, 0, MASS_WIDTH, MASS_WIDTH, True, LAYOUT)
-        gl.store(p_mass + o_n, b_mass, mask=o_j < count)
-        o_j += 2 * CHUNK
+        b_mass = sum_rows(p_space, o_j, count, GROUP * 64, 64, MASS_WIDTH, True, LAYOUT)
+        gl.atomic_add(p_mass + o_n, b_mass, mask=o_j < count, sem="relaxed")
+        o_j += CHUNK
 
 
 @gluon.jit

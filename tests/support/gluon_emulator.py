@@ -384,9 +384,13 @@ def _store(pointer, value, mask=None):
     pointer.data[where[keep]] = value[keep]
 
 
-def _atomic_add(pointer, value):
-    old = pointer.data[int(pointer.offset)].clone()
-    pointer.data[int(pointer.offset)] += value
+def _atomic_add(pointer, value, mask=None, sem=None):
+    where = pointer.at(mask)
+    old = pointer.data[where].clone()
+    if mask is not None:
+        where, value = where[mask], value[mask]
+    assert where.dim() == 0 or len(where.unique()) == len(where), "one address twice in a call"
+    pointer.data[where] += value
     return old
 
 
