@@ -74,13 +74,6 @@ def _scores(b_q, k_buffer, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT:
 
 
 @gluon.jit
-def _maxima(b_tops, b_m, LAYOUT: gl.constexpr):
-    """Row maxima of scores from those of probabilities under `b_m`, or 126 below it where they underflow."""
-    b_top = gl.convert_layout(gl.max(b_tops, 1), LAYOUT)
-    return b_m + gl.maximum(log2(b_top), -126.0)
-
-
-@gluon.jit
 def _consumer(
     out_desc,
     q_bufs,
@@ -153,8 +146,9 @@ def _consumer(
         b_votes = gl.zeros([64], gl.int32, ROW_S)
         if WITH_VOTE:
             vote_row = vote_ptr + i_row.to(gl.int64) * kv_blocks
-            # Rows past the end of the sequence never pass.
-            b_threshold = gl.where(o_m < seq_q, vote_threshold, float("inf"))
+            # Like probabilities, under the row's maximum.  Rows past the end of the sequence never pass.
+            b_least = gl.where((o_m < seq_q) & (count > 0), gl.exp2(vote_threshold), float("inf"))
+            b_bar = b_least
             b_entries = load_entries(p_list, count - 1, ROW_S)
             # The first block stays.
             b_votes += (count > 0).to(gl.int32)
@@ -164,12 +158,11 @@ def _consumer(
 
         # The first tile, the only one that can be ragged
         mbarrier.wait(q_full.index(GROUP), rows & 1)
+        b_q = q_smem
         if Q_IN_REGISTERS:
             b_q = q_smem.load(Q_LAYOUT)
-        else:
-            b_q = q_smem
-        if Q_IN_REGISTERS and not ALIAS:
-            mbarrier.arrive(q_empty.index(GROUP), count=1)
+            if not ALIAS:
+                mbarrier.arrive(q_empty.index(GROUP), count=1)
         mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
         take_turn(GROUP)
         b_s = _scores(b_q, k_bufs.index(turn % RING), BLOCK_N, BLOCK_D, S_LAYOUT)
@@ -180,8 +173,6 @@ def _consumer(
             o_n = current * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
             b_s = gl.where((o_n < length)[None, :], b_s, float("-inf"))
         b_m = gl.max(b_s, 1) * qk_scale
-        if WITH_VOTE:
-            b_bar = b_m + b_threshold
         # An empty row leaves the maximum at -inf, and -inf - -inf is NaN.
         b_shift = gl.where(b_m == float("-inf"), 0.0, b_m)
         b_p = gl.exp2(b_s * qk_scale - b_shift[:, None])
@@ -206,26 +197,21 @@ def _consumer(
             stage = turn % RING
             take_turn(GROUP)
             b_s = _scores(b_q, k_bufs.index(stage), BLOCK_N, BLOCK_D, S_LAYOUT)
+            if WITH_MASS:
+                leave_mass(b_left, gl.convert_layout(gl.sum(b_parts, 1), ROW_S), b_m)
+                b_left += MASS_WIDTH * 4
+            if WITH_VOTE:
+                b_top = gl.convert_layout(gl.max(b_tops, 1), ROW_S)
+                b_votes = gather_votes(b_votes, b_top, b_bar, j - 1)
+                b_bar = gl.maximum(b_bar, b_top * b_least)
+                if (j & 31) == 0:
+                    store_votes(b_votes, b_entries, vote_row)
+                    b_entries = load_entries(p_list, count - 1 - j, ROW_S)
+                    b_votes = gl.zeros([64], gl.int32, ROW_S)
             b_o = warpgroup_mma(
                 b_pd, v_bufs.index(stage).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
             )
             pass_turn(GROUP)
-            if WITH_VOTE or WITH_MASS:
-                # Under the first product.  ptxas would put it before or behind that but for basic blocks of its own: what
-                # is waited for here is there already.
-                mbarrier.wait(full.index(stage), (turn // RING) & 1)
-                if WITH_MASS:
-                    leave_mass(b_left, gl.convert_layout(gl.sum(b_parts, 1), ROW_S), b_m)
-                    b_left += MASS_WIDTH * 4
-                if WITH_VOTE:
-                    b_top = _maxima(b_tops, b_m, ROW_S)
-                    b_votes = gather_votes(b_votes, b_top, b_bar, j - 1)
-                    b_bar = gl.maximum(b_bar, b_top + b_threshold)
-                    if (j & 31) == 0:
-                        store_votes(b_votes, b_entries, vote_row)
-                        b_entries = load_entries(p_list, count - 1 - j, ROW_S)
-                        b_votes = gl.zeros([64], gl.int32, ROW_S)
-                mbarrier.wait(full.index(stage), (turn // RING) & 1)
             b_s = warpgroup_mma_wait(1, deps=(b_s,))
             b_p = gl.exp2(b_s * qk_scale - b_m[:, None])
             b_parts = thread_sums(b_p)
@@ -247,9 +233,10 @@ def _consumer(
                 b_m_new = gl.maximum(b_m, gl.max(b_s, 1) * qk_scale)
                 b_p = gl.exp2(b_s * qk_scale - b_m_new[:, None])
                 b_parts = thread_sums(b_p)
+                b_alpha = gl.exp2(b_m - b_m_new)
                 if WITH_VOTE:
                     b_tops = thread_maxima(b_p)
-                b_alpha = gl.exp2(b_m - b_m_new)
+                    b_bar *= b_alpha
                 b_o = times_rows(b_o, b_alpha)
                 b_all_parts = times_rows(b_all_parts, b_alpha)
                 b_m = b_m_new
@@ -259,7 +246,8 @@ def _consumer(
         if not (Q_IN_REGISTERS or ALIAS):
             mbarrier.arrive(q_empty.index(GROUP), count=1)
         if WITH_VOTE:
-            b_votes = gather_votes(b_votes, _maxima(b_tops, b_m, ROW_S), b_bar, count - 1)
+            b_top = gl.convert_layout(gl.max(b_tops, 1), ROW_S)
+            b_votes = gather_votes(b_votes, b_top, b_bar, count - 1)
             store_votes(b_votes, b_entries, vote_row)
         b_l = gl.convert_layout(gl.sum(b_all_parts, 1), ROW_S)
         b_o = warpgroup_mma(

@@ -249,11 +249,11 @@ def store_vote(b_gap, b_address):
 
 @gluon.jit
 def gather_votes(b_votes, b_top, b_bar, tile):
-    """Set bit `tile % 32` of a thread's votes if one of its two rows passes its bar."""
+    """Set bit `tile % 32` of a thread's votes if one of its two rows reaches its bar (one of 0 is reached by all)."""
     b_bit = gl.full([64], 1 << (tile & 31), gl.int32, b_votes.type.layout)
     return gl.inline_asm_elementwise(
         """{ .reg .pred p, q;
-        setp.gt.f32 p, $4, $6; setp.gt.or.f32 q, $5, $7, p;
+        setp.ge.f32 p, $4, $6; setp.ge.or.f32 q, $5, $7, p;
         mov.b32 $0, $2; @q or.b32 $0, $0, $8; mov.b32 $1, 0; }""",
         "=&r,=r,r,r,f,f,f,f,r,r",
         [b_votes, b_top, b_bar, b_bit],

@@ -28,7 +28,7 @@ BYPRODUCTS = {
         p_list.data[int(p_list.offset + max(int(last) - lane, 0))] for lane in range(32)
     ],
     "gather_votes": lambda b_votes, b_top, b_bar, tile: (
-        b_votes | ((b_top > b_bar).int() << (tile & 31))
+        b_votes | ((b_top >= b_bar).int() << (tile & 31))
     ),
     "store_votes": store_votes,
     "mass_place": mass_place,
@@ -36,7 +36,9 @@ BYPRODUCTS = {
 }
 
 
-def run_hopper(q, k, v, mask, seed, *, byproducts=False, lengths=None, **replace):
+def run_hopper(
+    q, k, v, mask, seed, *, byproducts=False, lengths=None, threshold=THRESHOLD, **replace
+):
     """Output, log-sum-exp, vote and mass of the emulated kernel, and how many tiles it did again."""
     (batch, seq_q, heads, dim), block_n = q.shape, mask.block_size[1]
     ring, alias = hopper_ring(block_n, dim)
@@ -64,7 +66,7 @@ def run_hopper(q, k, v, mask, seed, *, byproducts=False, lengths=None, **replace
         Pointer(draw),
         *lists.stride()[:2],
         dim**-0.5,
-        THRESHOLD,
+        threshold,
         heads,
         seq_q,
         k.shape[1],
@@ -121,6 +123,18 @@ def test_votes_and_mass_are_of_true_maxima(seed, dim, block_n, length):
     assert torch.allclose(mass, exact[3].float(), rtol=1e-3, atol=1e-4)
     plain = run_hopper(q, k, v, mask, seed + 7, lengths=lengths)
     assert torch.equal(out, plain[0])
+
+
+@pytest.mark.parametrize("threshold", [-1000.0, 2.0, 1000.0])
+@pytest.mark.parametrize("spread", [1.0, 60.0])
+def test_votes_far_beyond_what_probabilities_can_show(threshold, spread):
+    """A bar that underflows is reached by all blocks, one that overflows by none but the first."""
+    q, k, v, mask = make(2, spread)
+    _, _, vote, *_ = run_hopper(q, k, v, mask, 2, byproducts=True, threshold=threshold)
+    exact = reference(
+        *(x.double() for x in (q, k, v)), mask, scale=q.shape[-1] ** -0.5, vote_threshold=threshold
+    )
+    assert torch.equal(vote, exact[2])
 
 
 def test_nothing_hides_nan_and_what_comes_before_it_is_kept():

@@ -404,7 +404,8 @@ def _language(program: int, programs: int, machine: Machine) -> types.SimpleName
         machine.run(roles)
 
     return types.SimpleNamespace(
-        **{n: getattr(torch, n) for n in ("int32", "int64", "float32", "exp2", "log")},
+        **{n: getattr(torch, n) for n in ("int32", "int64", "float32", "log")},
+        exp2=lambda x: torch.exp2(_tensor(x)),
         **dict.fromkeys(
             ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout", "SwizzledSharedLayout"),
             layout,
