@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sparsediff.adapter import weight_dtype
 from sparsediff.demo.jobs import Job
 from sparsediff.demo.meters import Phase, StepPoint
 from sparsediff.demo.record import Record
@@ -51,7 +52,7 @@ def shared(studio: Studio, settings: Settings) -> Shared:
         place["calibration"] = studio.calibrations[settings.method]
     real = place
     if studio.device is not None:
-        dtype = str(next(studio.pipe.transformer.parameters()).dtype).removeprefix("torch.")
+        dtype = str(weight_dtype(studio.pipe.transformer)).removeprefix("torch.")
         real = {**place, "device": str(studio.device), "dtype": dtype}
     return Shared(
         query=to_query(settings),

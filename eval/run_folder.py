@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from sparsediff.adapter import weight_dtype
 from sparsediff.api import model_layout
 from sparsediff.calibrator import model_name, weight_marks
 from sparsediff.eval.arms import Arm
@@ -186,7 +187,7 @@ def configuration(pipe: object, metrics: tuple[str, ...], repeats: int) -> dict[
         "pipeline": type(pipe).__name__,
         "weights": _short_hash(repr(weight_marks(pipe, model_layout(pipe)))),
         "scheduler": f"{type(scheduler).__name__} {_short_hash(settings)}",
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(weight_dtype(model)).removeprefix("torch."),
         "dense attention backend": own_backend(pipe) or "diffusers' default",
         "metrics": ", ".join(metrics),
         "repeats": str(repeats),

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from sparsediff.clock import Clock
@@ -211,3 +212,12 @@ def bind_forward(model: nn.Module, args: tuple, kwargs: dict) -> Mapping[str, ob
     """The arguments of a forward call by name, however they were passed."""
     signature = inspect.signature(type(model).forward)
     return signature.bind_partial(model, *args, **kwargs).arguments
+
+
+def weight_dtype(model: nn.Module) -> torch.dtype:
+    """What most of a model's floating-point weights are in: diffusers keeps some layers of a 16-bit model in float32."""
+    elements: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            elements[parameter.dtype] = elements.get(parameter.dtype, 0) + parameter.numel()
+    return max(elements, key=elements.get, default=torch.float32)

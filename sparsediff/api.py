@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from sparsediff.adapter import ADAPTERS, ModelAdapter, adapter_for
+from sparsediff.adapter import ADAPTERS, ModelAdapter, adapter_for, weight_dtype
 from sparsediff.calibration import Calibration, ModelLayout
 from sparsediff.clock import Clock, check_step_count
 from sparsediff.kernels.attention import DTYPES, select_backend
@@ -395,21 +395,21 @@ def _check_transformer(name: str, model: nn.Module, method: Method) -> None:
     adapter.check_model(model)
     for layer, module, _ in adapter.attention_layers(model):
         adapter.check_layer(f"{name}.{layer}", module)
-    parameter = next(model.parameters())
-    if parameter.dtype == torch.float64:
+    device, dtype = next(model.parameters()).device, weight_dtype(model)
+    if dtype == torch.float64:
         raise ValueError(f"{name} is in float64; kernels take float32, bfloat16 and float16")
     # Quantised weights say nothing about activations, which are bfloat16 as a rule.
-    dtype = parameter.dtype if parameter.dtype in DTYPES else torch.bfloat16
+    dtype = dtype if dtype in DTYPES else torch.bfloat16
     for grid in (SMALL_GRID, LARGE_GRID):
         choice = select_backend(
-            parameter.device,
+            device,
             dtype,
             adapter.head_dim(model),
             method.block_size(grid),
             method.backend,
         )
         if choice.name == "reference":
-            raise ValueError(f"{name} has no fast kernel on {parameter.device}: {choice.reason}")
+            raise ValueError(f"{name} has no fast kernel on {device}: {choice.reason}")
 
 
 # A method's blocks may depend on the length; these are short and long for any method.

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparsediff.adapter import weight_dtype
 from sparsediff.calibration import Calibration, Calibrator, Call, ModelLayout
 from sparsediff.calibration_memory import relative_error
 from sparsediff.methods import CalibratedMethod, Method, build_method
@@ -310,15 +311,15 @@ def _provenance(pipe: object, prompts: Sequence[str], seed: int, call: dict | No
 
     import sparsediff
 
-    parameter = next(pipe.transformer.parameters())
+    device = next(pipe.transformer.parameters()).device
     return {
         "model": model_name(pipe),
         "prompts": len(prompts),
         "prompts_sha256": _sha256(json.dumps(list(prompts)).encode()),
         "seed": seed,
         "call": {k: v for k, v in (call or {}).items() if isinstance(v, int | float | str)},
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else "cpu",
+        "dtype": str(weight_dtype(pipe.transformer)).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "sparsediff": sparsediff.__version__,
         "diffusers": diffusers.__version__,
         "torch": torch.__version__,

@@ -17,6 +17,7 @@ from sparsediff.eval.captured import Capture
 from sparsediff.eval.compare import Request
 from sparsediff.eval.measure import generate
 from sparsediff.eval.results import load_results
+from sparsediff.testing import random_wan_pipeline
 
 
 def run(work):
@@ -277,3 +278,16 @@ def test_equal_latents_are_no_distance_apart(studio, settings):
     assert _apart(torch.zeros_like(made.latents[1]), made, 1) == pytest.approx(1.0)
     assert _apart(None, made, 1) is None
     assert _apart(made.latents[1], made, 99) is None
+
+
+def test_the_python_lines_name_the_precision_that_ran(settings, tmp_path):
+    """diffusers keeps some layers of such a model in float32, the first one among them."""
+    random_wan_pipeline().save_pretrained(tmp_path)
+    studio = Studio(str(tmp_path), device="cpu", dtype="bfloat16")
+    studio.start_loading()
+    studio.wait_until_loaded()
+    try:
+        assert next(studio.pipe.transformer.parameters()).dtype == torch.float32
+        assert "=torch.bfloat16)" in shared(studio, settings()).python
+    finally:
+        studio.close()
