@@ -25,10 +25,10 @@ from sparsediff.demo.limits import Limits, fixed_fields, limits_of
 from sparsediff.demo.meters import StepPoint
 from sparsediff.demo.served import served
 from sparsediff.demo.settings import Settings
-from sparsediff.eval.arms import Arm, sparse_arm
+from sparsediff.eval.arms import DENSE, Arm, sparse_arm
 from sparsediff.eval.capture import Capture, capture
 from sparsediff.eval.compare import Request
-from sparsediff.eval.measure import Made, denoisers, generate, warm_up
+from sparsediff.eval.measure import Made, denoisers, generate
 from sparsediff.eval.metrics import choose
 from sparsediff.eval.models import default_request, load_pipeline
 from sparsediff.progress import step_bar
@@ -227,7 +227,7 @@ class Studio:
         """The stock clip of a request, from the cache if it is there; the caller has its turn."""
         made = self.dense.get(request)
         if made is None:
-            self._warm_up("dense", request, job)
+            self._warm_up(DENSE, request, job)
             made = self._generate(job, request, lambda point, latents: on_step(point))
             self.dense.put(request, made)
         return made
@@ -236,8 +236,7 @@ class Studio:
         self, job: Job, request: Request, arm: Arm, dense: Made, on_step: OnStep
     ) -> SparseRun:
         """A method's clip of a request; the caller has its turn.  The pipeline is stock again afterwards."""
-        with arm.entered(self.pipe, schedule=sparsediff.Schedule()):
-            self._warm_up(arm.name, request, job)
+        self._warm_up(arm, request, job)
         with arm.entered(self.pipe) as handle:
 
             def tell(point: StepPoint, latents: Tensor | None) -> None:
@@ -276,13 +275,13 @@ class Studio:
         with _stopping(self.pipe, job), step_bar(self.pipe, shown=False):
             return generate(self.pipe, request.arguments(), trajectory=True, on_step=stepped)
 
-    def _warm_up(self, what: str, request: Request, job: Job) -> None:
+    def _warm_up(self, arm: Arm, request: Request, job: Job) -> None:
         """On a GPU the first call at a size compiles and tunes; those seconds are nobody's."""
-        key = (what, request.height, request.width, request.frames)
+        key = (arm.name, request.height, request.width, request.frames)
         if self.device.type != "cuda" or key in self._warm:
             return
         with _stopping(self.pipe, job):
-            warm_up(self.pipe, request.arguments())
+            arm.warm_up(self.pipe, request.arguments())
         self._warm.add(key)
 
     def _captured(self, handle: sparsediff.Handle, request: Request) -> tuple[list[str], list[int]]:

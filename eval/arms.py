@@ -13,6 +13,7 @@ from sparsediff.api import Handle, with_calibration
 from sparsediff.calibration import Calibration
 from sparsediff.eval.dense_backends import attention_backend
 from sparsediff.eval.literals import parse_settings, split_outside_brackets
+from sparsediff.eval.measure import warm_up
 from sparsediff.eval.random_blocks import Random
 from sparsediff.eval.results import Role
 from sparsediff.methods import (  # fmt: skip
@@ -71,6 +72,25 @@ class Arm:
                 yield None
         else:
             yield None
+
+    def warm_up(self, pipe: object, arguments: dict[str, object], *, decode: bool = False) -> float:
+        """Run few steps of a call in this setting whose time nobody counts; returns their seconds.
+
+        One step is dense and chooses blocks beside its attention, one is sparse.  On a GPU kernels are compiled then, so
+        blocks are chosen there without a dense call too, as methods do that choose again in the middle of a run.
+
+        Args:
+            decode: as `sparsediff.eval.measure.warm_up`.
+        """
+        schedules = [Schedule(dense_steps=1)]
+        if self.method is not None and pipe._execution_device.type == "cuda":
+            schedules.append(Schedule())
+        seconds = 0.0
+        for schedule in schedules:
+            with self.entered(pipe, schedule=schedule):
+                seconds += warm_up(pipe, arguments, decode=decode)
+            decode = False
+        return seconds
 
 
 DENSE = Arm(role="dense", label="dense")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import sparsediff
+from sparsediff.eval.arms import sparse_arm
 from sparsediff.eval.environment import environment
 from sparsediff.eval.measure import generate, warm_up
 from sparsediff.eval.metrics import Fidelity, fidelity
@@ -116,8 +117,7 @@ def compare(
     sparsediff.enable(pipe, method, schedule=schedule, **method_params).disable()
     warm_up(pipe, request.arguments(), decode=True)
     dense = generate(pipe, request.arguments())
-    with sparsediff.enable(pipe, method, schedule=Schedule(dense_steps=1), **method_params):
-        warm_up(pipe, request.arguments())  # the first sparse call compiles kernels
+    sparse_arm(method, **method_params).warm_up(pipe, request.arguments())
     with sparsediff.enable(pipe, method, schedule=schedule, **method_params) as handle:
         sparse = generate(pipe, request.arguments())
         report = handle.report()

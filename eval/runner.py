@@ -24,7 +24,7 @@ from sparsediff.eval.clips import (  # fmt: skip
     with_attention_errors,
 )
 from sparsediff.eval.dense_backends import best_backend
-from sparsediff.eval.measure import Made, generate, makes_video, warm_up
+from sparsediff.eval.measure import Made, generate, makes_video
 from sparsediff.eval.metrics import choose
 from sparsediff.eval.results import CAPTURES, CLIPS, ClipResult, Results
 from sparsediff.eval.run_folder import RunFolder, blank_arm, configuration, run_name
@@ -258,9 +258,8 @@ class _Run:
     ) -> tuple[list[Made], list[RunReport]]:
         """The clip as often as it is to be timed, after one that is not."""
         if arm.name not in self.warm:
-            with arm.entered(self.pipe, schedule=Schedule(dense_steps=1)):
-                # The first call of a process decodes as well: no clip's time may hold the decoder's first run.
-                seconds = warm_up(self.pipe, self._arguments(key), decode=not self.warm)
+            # The first call of a process decodes as well: no clip's time may hold the decoder's first run.
+            seconds = arm.warm_up(self.pipe, self._arguments(key), decode=not self.warm)
             self.warm.add(arm.name)
             if self.folder.arms[arm.name].warmup_seconds is None:
                 self.folder.update(arm.name, warmup_seconds=seconds)

@@ -1,6 +1,9 @@
 """The Wan adapter on a CUDA device: `make gpu`."""
 
 import contextlib
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -172,3 +175,38 @@ def test_no_attention_call_waits_for_the_device(pipe, monkeypatch, name):
         report = handle.report()
     assert len(calls) == 4 * 2 * 2, "steps, guidance branches, layers"
     assert report.density < 1
+
+
+# A process of its own: what another test has compiled would hide what this one's warming up forgets.
+COMPILED_LATER = """
+import json, sys, warnings
+import torch, triton
+from sparsediff.eval.arms import sparse_arm
+from sparsediff.testing import random_wan_pipeline
+
+warnings.simplefilter("ignore", RuntimeWarning)
+call = json.loads(sys.argv[2]) | {"num_inference_steps": 20, "output_type": "latent"}
+pipe = random_wan_pipeline(head_dim=64).to("cuda", torch.bfloat16)
+arm = sparse_arm(sys.argv[1])
+arm.warm_up(pipe, call)
+compiled = []
+triton.knobs.runtime.jit_post_compile_hook = lambda **said: compiled.append(said["repr"])
+with arm.entered(pipe) as handle:
+    pipe(**call)
+    print(json.dumps([compiled, handle.report().density]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["auto", "adaspa", "draft_attention", "lite_attention"])
+def test_nothing_compiles_after_warming_up(method):
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILED_LATER, method, json.dumps(CLIP)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    compiled, density = json.loads(run.stdout.splitlines()[-1])
+    assert density < 1
+    assert compiled == []
