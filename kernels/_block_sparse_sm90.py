@@ -146,8 +146,10 @@ def _consumer(
         b_votes = gl.zeros([64], gl.int32, ROW_S)
         if WITH_VOTE:
             vote_row = vote_ptr + i_row.to(gl.int64) * kv_blocks
-            # Like probabilities, under the row's maximum.  Rows past the end of the sequence never pass.
-            b_least = gl.where((o_m < seq_q) & (count > 0), gl.exp2(vote_threshold), float("inf"))
+            # Like probabilities, under the row's maximum; two bits more, for equal is not beyond.  Rows past the end of the
+            # sequence never pass.
+            least = gl.exp2(vote_threshold) * (1 + 2**-22)
+            b_least = gl.where((o_m < seq_q) & (count > 0), least, float("inf"))
             b_bar = b_least
             b_entries = load_entries(p_list, count - 1, ROW_S)
             # The first block stays.
@@ -337,8 +339,7 @@ def block_sparse_fwd_sm90(
     Descriptors are over `[B, H, S, D]` views: `[1, 1, 64, BLOCK_D]` boxes of queries and output, `[1, 1, BLOCK_N,
     BLOCK_D]` of keys and values.  `kv_num_blocks_ptr` and `order_ptr` are `int32 [B * H * Mq]`, counts of blocks that
     begin before the key length; `draw_ptr` `int32 [1]`, `vote_ptr` `uint8 [B, H, Mq, Nk]` and `mass_ptr` `float32
-    [B, H, Mq, Nk]` start as zeros; `space_ptr` is `float32 [programs, 2, Nk + 1, 128]`,
-    WIDTH 8 with `HAS_LSE_PREV` and 128 otherwise.
+    [B, H, Mq, Nk]` start as zeros; `space_ptr` is `float32 [programs, 2, Nk + 1, MASS_WIDTH]`.
     `ALIAS`: the output shares Q's buffers, which makes room for a third stage.
     """
     q_bufs = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, BLOCK_D], q_desc.layout)

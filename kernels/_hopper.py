@@ -4,8 +4,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-# A row's maximum is left where it is until a score passes it by this much (base 2), so that most tiles need not rescale
-# the output: probabilities then reach 256 instead of 1, which float32 sums and 16-bit products take as well.
+# Where rows look for their maxima (`lazy_maximum`), one is left where it is until a score passes it by this much (base 2):
+# probabilities then reach 256 instead of 1, which float32 sums and 16-bit products take as well.
 LAZY_GAP = gl.constexpr(8.0)
 LOG2E = gl.constexpr(1.4426950408889634)  # exp(x) == exp2(x * LOG2E)
 LN2 = gl.constexpr(0.6931471805599453)

@@ -491,6 +491,7 @@ def every_kernel(arch: str) -> Iterator[Compiled]:
         for head_dim, block_n, byproducts in product((64, 128), (128, 64), (False, True)):
             yield hopper_attention("bf16", head_dim, block_n, byproducts=byproducts)
         yield hopper_attention("bf16", 128, 128, byproducts=True, lengths=True)
+        yield hopper_attention("fp16", 128, 128, byproducts=False)  # packs by another instruction
         yield hopper_attention("bf16", 64, 128, byproducts=False, lengths=True)
         for head_dim in (64, 128):
             yield hopper_attention("bf16", head_dim, 128, byproducts=True, lse_prev=True)

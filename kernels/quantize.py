@@ -204,6 +204,8 @@ def _sample(key: Tensor) -> Tensor:
 
 def _standard_error(q_scale: Tensor, q_norm: Tensor, k_scale: Tensor, k_norm: Tensor) -> Tensor:
     """`QuantizedPair.error` from the scales and norms of query tokens, and those of key blocks or tokens."""
+    if k_norm.shape[-1] == 0:  # no keys, no logits
+        return torch.zeros_like(q_scale)
     step_error = 12**-0.5  # of rounding, in steps
     from_query = q_scale * (step_error * k_norm.amax(-1, keepdim=True))
     from_key = q_norm * (step_error * k_scale.amax(-1, keepdim=True))

@@ -8,6 +8,7 @@ pytest.importorskip("triton.experimental.gluon")
 from gluon_emulator import Descriptor, Pointer, run_kernel
 from moving_maxima import Redone, errors, make, mass_place, store_pair
 
+from sparsediff.block_mask import BlockMask
 from sparsediff.kernels import block_lists
 from sparsediff.kernels._block_sparse_reference import attend as reference
 from sparsediff.kernels._block_sparse_sm90 import block_sparse_fwd_sm90
@@ -135,6 +136,33 @@ def test_votes_far_beyond_what_probabilities_can_show(threshold, spread):
         *(x.double() for x in (q, k, v)), mask, scale=q.shape[-1] ** -0.5, vote_threshold=threshold
     )
     assert torch.equal(vote, exact[2])
+
+
+def test_equal_is_not_beyond():
+    """At a threshold of 0 a block that only reaches the maximum of those before it has no vote."""
+    q, k, v, mask = make(5, 1.0)
+    k[:] = k[:, :1]
+    _, _, vote, *_ = run_hopper(q, k, v, mask, 5, byproducts=True, threshold=0.0)
+    exact = reference(
+        *(x.double() for x in (q, k, v)), mask, scale=q.shape[-1] ** -0.5, vote_threshold=0.0
+    )
+    assert torch.equal(vote, exact[2])
+    assert vote.sum() < mask.to_dense().sum()
+
+
+def test_lists_longer_than_the_bits_of_votes():
+    """Votes are stored every 32 tiles, mass is summed 64 blocks at a time."""
+    g = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(1, n, 1, 64, generator=g).bfloat16() for n in (130, 4500, 4500))
+    keep = torch.rand(1, 1, 2, 71, generator=g) < 0.95
+    mask = BlockMask.from_dense(keep, (128, 64), (130, 4500))
+    out, lse, vote, mass, _ = run_hopper(q, k, v, mask, 6, byproducts=True)
+    assert mask.kv_num_blocks.min() > 64
+    assert errors(out, lse, q, k, v, mask)[0] < 0.01
+    options = {"scale": 64**-0.5, "vote_threshold": THRESHOLD, "want_mass": True}
+    exact = reference(*(x.double() for x in (q, k, v)), mask, **options)
+    assert torch.equal(vote, exact[2])
+    assert torch.allclose(mass, exact[3].float(), rtol=1e-3, atol=1e-4)
 
 
 def test_nothing_hides_nan_and_what_comes_before_it_is_kept():
