@@ -37,10 +37,7 @@ COLUMNS = gl.constexpr(128)  # keys a tile
 @gluon.jit
 def _meet_pair(PAIR: gl.constexpr):
     """Both warpgroups of a pair wait for each other.  Barriers 0-8 are Triton's own."""
-    if PAIR == 0:
-        assembly("bar.sync 9, 256; mov.u32 $0, 0;")
-    else:
-        assembly("bar.sync 10, 256; mov.u32 $0, 0;")
+    assembly("bar.sync 9, 256; mov.u32 $0, 0;" if PAIR == 0 else "bar.sync 10, 256; mov.u32 $0, 0;")
 
 
 @gluon.jit

@@ -30,7 +30,6 @@ from sparsediff.kernels._hopper import (
     LOG2E,
     MASS_WIDTH,
     are_beyond,
-    assembly,
     declare_beyond,
     leave_mass,
     leave_norm,
@@ -41,6 +40,7 @@ from sparsediff.kernels._hopper import (
     place,
     produce,
     row_list,
+    row_sums,
     store_mass,
     store_vote,
     take_over,
@@ -205,7 +205,7 @@ def _consumer(
     qk_scale = scale * LOG2E
     declare_beyond(GROUP)
     if GROUP == 1:
-        assembly("bar.arrive 9, 256; mov.u32 $0, 0;")
+        pass_turn(GROUP)
     item = take_over(work, work_full, work_empty, 0, 0)
     while item >= 0:
         count = (item >> 32).to(gl.int32)
@@ -272,7 +272,7 @@ def _consumer(
             b_parts = thread_sums(b_p)
             b_all_parts = b_parts
             if WITH_MASS:
-                b_sum = gl.convert_layout(gl.sum(b_parts, 1), ROW_S)
+                b_sum = row_sums(b_parts, ROW_S)
         k_scale = gl.load(p_k_scale + following)
         if WITH_MASS:
             i_space = (gl.program_id(0) * 2 + (rows & 1)).to(gl.int64)
@@ -316,15 +316,15 @@ def _consumer(
                 b_best = gl.maximum(b_best, b_top)
             following = gl.load(p_list + gl.maximum(count - 2 - j, 0))
             k_scale = gl.load(p_k_scale + following)
-            if not FP8_PV:
-                # Asked here: ptxas sinks exponentials past the next wait if nothing before it needs them.
-                beyond = are_beyond(b_parts, GROUP, True)
             if FP8_PV:
                 b_sum = gl.sum(b_p, 1) * gl.exp2(-boost)
                 boost = gl.load(p_boost + following)
                 b_alpha_new = gl.exp2(b_m - b_m_new)
                 b_l = b_l * b_alpha_new + b_sum
                 b_m = b_m_new
+            else:
+                # Asked here: ptxas sinks exponentials past the next wait if nothing before it needs them.
+                beyond = are_beyond(b_parts, GROUP, True)
             turn += 1
             mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
             b_pv = warpgroup_mma_wait(0, deps=(b_pv,))
@@ -348,7 +348,7 @@ def _consumer(
                     b_m = b_m_new
                 b_all_parts += b_parts
                 if WITH_MASS:
-                    b_sum = gl.convert_layout(gl.sum(b_parts, 1), ROW_S)
+                    b_sum = row_sums(b_parts, ROW_S)
             if WITH_MASS:
                 b_left += MASS_WIDTH * 4
                 leave_mass(b_left, b_sum, b_m)
@@ -364,7 +364,7 @@ def _consumer(
         rows += 1
 
         if not FP8_PV:
-            b_l = gl.convert_layout(gl.sum(b_all_parts, 1), ROW_S)
+            b_l = row_sums(b_all_parts, ROW_S)
         if WITH_LSE:
             p_lse = lse_ptr + i_bh * seq_q + o_m
             gl.store(p_lse, b_m * LN2 + gl.log(b_l), mask=o_m < seq_q)

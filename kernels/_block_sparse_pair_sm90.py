@@ -41,6 +41,7 @@ from sparsediff.kernels._hopper import (
     declare_beyond,
     pack_pairs,
     place,
+    row_sums,
     thread_sums,
     times_rows,
 )
@@ -256,7 +257,7 @@ def _consumer(
         if OVERLAP:
             b_o = _add_values(b_o, b_pd, v_bufs, empty, turn % RING, BLOCK_N, BLOCK_D)
 
-        b_l = gl.convert_layout(gl.sum(b_all_parts, 1), ROW_S)
+        b_l = row_sums(b_all_parts, ROW_S)
         if WITH_LSE:
             p_lse = lse_ptr + (i_row // pairs).to(gl.int64) * seq_q + o_m
             gl.store(p_lse, b_m * LN2 + gl.log(b_l), mask=o_m < seq_q)

@@ -26,13 +26,13 @@ from sparsediff.kernels._hopper import (
     LN2,
     LOG2E,
     are_beyond,
-    assembly,
     clear_past,
     declare_beyond,
     lazy_maximum,
     pass_turn,
     place,
     rescale,
+    row_sums,
     take_turn,
     thread_sums,
     times_rows,
@@ -148,7 +148,7 @@ def _consumer(
     qk_scale = scale * LOG2E
     declare_beyond(GROUP)
     if GROUP == 1:
-        assembly("bar.arrive 9, 256; mov.u32 $0, 0;")
+        pass_turn(GROUP)
     item, word = take_over_pair(work, work_full, work_empty, rows, GROUP)
     while item >= 0:
         total = (item >> 32).to(gl.int32)
@@ -250,7 +250,7 @@ def _consumer(
                 b_pd1 = gl.convert_layout(b_p1.to(DTYPE), P_LAYOUT)
 
             stage = turn % RING
-            b_l += gl.convert_layout(gl.sum(b_all_parts, 1), ROW_S)
+            b_l += row_sums(b_all_parts, ROW_S)
             b_o = _add(b_o, b_pd0, v_bufs.index(2 * stage), BLOCK_D)
             b_o = _add(b_o, b_pd1, v_bufs.index(2 * stage + 1), BLOCK_D)
             b_o = warpgroup_mma_wait(0, deps=(b_o,))

@@ -40,7 +40,6 @@ from sparsediff.kernels._hopper import (
     LOG2E,
     MASS_WIDTH,
     are_beyond,
-    assembly,
     clear_past,
     declare_beyond,
     gather_votes,
@@ -54,6 +53,7 @@ from sparsediff.kernels._hopper import (
     place,
     produce,
     row_list,
+    row_sums,
     store_mass,
     store_votes,
     take_over,
@@ -130,7 +130,7 @@ def _consumer(
     qk_scale = scale * LOG2E
     declare_beyond(GROUP)
     if GROUP == 1:
-        assembly("bar.arrive 9, 256; mov.u32 $0, 0;")
+        pass_turn(GROUP)
     item = take_over(work, work_full, work_empty, 0, 0)
     while item >= 0:
         count = (item >> 32).to(gl.int32)
@@ -200,7 +200,7 @@ def _consumer(
             take_turn(GROUP)
             b_s = _scores(b_q, k_bufs.index(stage), BLOCK_N, BLOCK_D, S_LAYOUT)
             if WITH_MASS:
-                leave_mass(b_left, gl.convert_layout(gl.sum(b_parts, 1), ROW_S), b_m)
+                leave_mass(b_left, row_sums(b_parts, ROW_S), b_m)
                 b_left += MASS_WIDTH * 4
             if WITH_VOTE:
                 b_top = gl.convert_layout(gl.max(b_tops, 1), ROW_S)
@@ -222,10 +222,7 @@ def _consumer(
             if WITH_VOTE:
                 b_tops = thread_maxima(b_p)
             # Asked here: ptxas sinks exponentials past the next wait if nothing before it needs them.
-            if WITH_VOTE:
-                beyond = are_beyond(b_parts, GROUP, True, b_tops)
-            else:
-                beyond = are_beyond(b_parts, GROUP, True)
+            beyond = are_beyond(b_parts, GROUP, True, b_tops if WITH_VOTE else None)
             turn += 1
             mbarrier.wait(full.index(turn % RING), (turn // RING) & 1)
             b_o = warpgroup_mma_wait(0, deps=(b_o,))
@@ -251,7 +248,7 @@ def _consumer(
             b_top = gl.convert_layout(gl.max(b_tops, 1), ROW_S)
             b_votes = gather_votes(b_votes, b_top, b_bar, count - 1)
             store_votes(b_votes, b_entries, vote_row)
-        b_l = gl.convert_layout(gl.sum(b_all_parts, 1), ROW_S)
+        b_l = row_sums(b_all_parts, ROW_S)
         b_o = warpgroup_mma(
             b_pd, v_bufs.index(turn % RING).reshape([BLOCK_N, BLOCK_D]), b_o, is_async=True
         )
@@ -274,7 +271,7 @@ def _consumer(
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(GROUP), count=1)
         if WITH_MASS:
-            leave_mass(b_left, gl.convert_layout(gl.sum(b_parts, 1), ROW_S), b_m)
+            leave_mass(b_left, row_sums(b_parts, ROW_S), b_m)
             if not HAS_LSE_PREV:
                 leave_norm(b_left + MASS_WIDTH * 4, b_m + log2(b_l), o_m, seq_q)
             p_mass = mass_ptr + i_row.to(gl.int64) * kv_blocks

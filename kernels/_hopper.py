@@ -58,19 +58,29 @@ def rescale(b_o, b_alpha):
 
 
 @gluon.jit
+def _by_thread(b_x):
+    """`[64, N]` as `[64, 4, N / 4]`: what each thread of a quad has of a row."""
+    N: gl.constexpr = b_x.shape[1]
+    return b_x.reshape([64, N // 8, 4, 2]).permute((0, 2, 1, 3)).reshape([64, 4, N // 4])
+
+
+@gluon.jit
 def thread_sums(b_p):
-    """Sums `[64, 4]` over what each thread of a quad has of a row, in the order of `gl.sum`, whose shuffles are left."""
-    b_x = b_p.reshape([64, b_p.shape[1] // 8, 4, 2]).permute((0, 2, 1, 3))
-    return gl.sum(b_x.reshape([64, 4, b_p.shape[1] // 4]), 2)
+    """Sums `[64, 4]` over what each thread of a quad has of a row, in the order of `gl.sum`; `row_sums` does the rest."""
+    return gl.sum(_by_thread(b_p), 2)
+
+
+@gluon.jit
+def row_sums(b_parts, LAYOUT: gl.constexpr):
+    """Sums `[64]` from those of threads: the shuffles that `thread_sums` leaves."""
+    return gl.convert_layout(gl.sum(b_parts, 1), LAYOUT)
 
 
 @gluon.jit
 def thread_maxima(b_p):
     """Maxima `[64, 4]` of what `thread_sums` sums.  Numbers from 0 on are ordered as their bits are, and integers take half
     of the instructions: there is one for three of them."""
-    b_x = b_p.to(gl.int32, bitcast=True).reshape([64, b_p.shape[1] // 8, 4, 2])
-    b_x = b_x.permute((0, 2, 1, 3)).reshape([64, 4, b_p.shape[1] // 4])
-    return gl.max(b_x, 2).to(gl.float32, bitcast=True)
+    return gl.max(_by_thread(b_p.to(gl.int32, bitcast=True)), 2).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
@@ -107,10 +117,9 @@ BEYOND_0, BEYOND_1 = _reading(0), _reading(1)
 @gluon.jit
 def declare_beyond(GROUP: gl.constexpr):
     """Declare the register of `are_beyond`, before anything branches."""
-    if GROUP == 0:
-        assembly(".reg .b32 beyond0; mov.u32 $0, 0;")
-    else:
-        assembly(".reg .b32 beyond1; mov.u32 $0, 0;")
+    assembly(
+        ".reg .b32 beyond0; mov.u32 $0, 0;" if GROUP == 0 else ".reg .b32 beyond1; mov.u32 $0, 0;"
+    )
 
 
 @gluon.jit
@@ -132,18 +141,11 @@ def are_beyond(b_parts, GROUP: gl.constexpr, BY_WARP: gl.constexpr, b_held=None)
             is_pure=False,
             pack=2,
         )
-    elif BY_WARP:
-        gl.inline_asm_elementwise(
-            WARP_VOTE_0 if GROUP == 0 else WARP_VOTE_1,
-            "=r,=r,f,f",
-            [b_parts],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=2,
-        )
     else:
+        IN_WARP: gl.constexpr = WARP_VOTE_0 if GROUP == 0 else WARP_VOTE_1
+        IN_GROUP: gl.constexpr = GROUP_VOTE_0 if GROUP == 0 else GROUP_VOTE_1
         gl.inline_asm_elementwise(
-            GROUP_VOTE_0 if GROUP == 0 else GROUP_VOTE_1,
+            IN_WARP if BY_WARP else IN_GROUP,
             "=r,=r,f,f",
             [b_parts],
             dtype=gl.int32,
@@ -215,18 +217,16 @@ def sum_rows(
 @gluon.jit
 def take_turn(GROUP: gl.constexpr):
     """Wait until the other warpgroup has issued its products.  Barriers 0-8 are Triton's own."""
-    if GROUP == 0:
-        assembly("bar.sync 9, 256; mov.u32 $0, 0;")
-    else:
-        assembly("bar.sync 10, 256; mov.u32 $0, 0;")
+    assembly(
+        "bar.sync 9, 256; mov.u32 $0, 0;" if GROUP == 0 else "bar.sync 10, 256; mov.u32 $0, 0;"
+    )
 
 
 @gluon.jit
 def pass_turn(GROUP: gl.constexpr):
-    if GROUP == 0:
-        assembly("bar.arrive 10, 256; mov.u32 $0, 0;")
-    else:
-        assembly("bar.arrive 9, 256; mov.u32 $0, 0;")
+    assembly(
+        "bar.arrive 10, 256; mov.u32 $0, 0;" if GROUP == 0 else "bar.arrive 9, 256; mov.u32 $0, 0;"
+    )
 
 
 @gluon.jit
@@ -392,10 +392,9 @@ def store_mass(p_space, p_mass, p_list, count, GROUP: gl.constexpr):
     """
     CHUNK: gl.constexpr = 64
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
-    if GROUP == 0:
-        assembly("bar.sync 11, 128; mov.u32 $0, 0;")
-    else:
-        assembly("bar.sync 14, 128; mov.u32 $0, 0;")
+    assembly(
+        "bar.sync 11, 128; mov.u32 $0, 0;" if GROUP == 0 else "bar.sync 14, 128; mov.u32 $0, 0;"
+    )
     o_j = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, LAYOUT))
     for _ in range(0, count, CHUNK):
         o_n = gl.load(p_list + (count - 1 - o_j), mask=o_j < count, other=0)
